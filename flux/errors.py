@@ -1,0 +1,29 @@
+"""The pack's exceptions. A ``UserError`` can be mended by who runs the pack, and its message says how."""
+
+from __future__ import annotations
+
+__all__ = ["FileError", "FluxFoundryError", "MismatchError", "MissingFileError", "NumericError", "UserError"]
+
+
+class FluxFoundryError(Exception):
+    """Everything this pack raises on purpose."""
+
+
+class UserError(FluxFoundryError):
+    """An input that cannot be used: the message says what was found and what to do."""
+
+
+class FileError(UserError):
+    """A file that is damaged, of another kind, or not to be opened."""
+
+
+class MissingFileError(UserError):
+    """A file that is not where it is needed."""
+
+
+class MismatchError(UserError):
+    """Parts that do not fit each other."""
+
+
+class NumericError(FluxFoundryError):
+    """A result that is not finite."""

@@ -1,0 +1,306 @@
+"""The FLUX.1 transformer (Black Forest Labs 2024): text and image tokens to a velocity for every image token.
+
+Parameter names are those of Black Forest Labs' files. ``Flux1.forward`` is the whole; the blocks follow it.
+
+Shapes: B batch, L tokens (I image, T text, L = T + I), h hidden width, H heads, D head dimension, C latent channels.
+The joint sequence is text first, then image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.attention import attention
+from ..ops.layers import TORCH_LAYERS, Layers
+from ..specs.flux1 import Flux1Spec
+from .positions import apply_rope, rope
+
+__all__ = ["Conditions", "Flux1", "Modulations", "timestep_embedding"]
+
+NORM_EPS = 1e-6
+TIME_WIDTH = 256
+TIME_FACTOR = 1000.0  # flow time and guidance enter the sinusoid multiplied by this
+TIME_PERIOD = 10_000.0
+
+Observer = Callable[[int], None]
+
+
+class Modulations(NamedTuple):
+    """Shift, scale and gate of every block for one moment: what the blocks need of time, guidance and pooled text.
+
+    Attributes:
+        image: For each double block (B, 6h): shift, scale, gate of attention, then of the feed-forward.
+        text: The same for the text stream.
+        single: For each single block (B, 3h): shift, scale, gate.
+        final: (B, 2h): shift, scale.
+    """
+
+    image: tuple[Tensor, ...]
+    text: tuple[Tensor, ...]
+    single: tuple[Tensor, ...]
+    final: Tensor
+
+
+class Conditions(NamedTuple):
+    """What stays the same over a whole run: the text, and where every token is.
+
+    Attributes:
+        text: T5 tokens (B, T, context width).
+        text_ids: Their positions (T, 3).
+        image_ids: Positions of the image tokens (I, 3).
+    """
+
+    text: Tensor
+    text_ids: Tensor
+    image_ids: Tensor
+
+
+class Flux1(nn.Module):
+    """The transformer of any FLUX.1 variant."""
+
+    def __init__(self, spec: Flux1Spec, layers: Layers = TORCH_LAYERS) -> None:
+        super().__init__()
+        self.spec = spec
+        h = spec.hidden
+        self.img_in = layers.Linear(spec.in_channels, h)
+        self.txt_in = layers.Linear(spec.context_width, h)
+        self.time_in = Embedder(TIME_WIDTH, h, layers)
+        self.vector_in = Embedder(spec.pooled_width, h, layers)
+        self.guidance_in = Embedder(TIME_WIDTH, h, layers) if spec.guidance_embedding else None
+        self.double_blocks = nn.ModuleList(DoubleBlock(spec, layers) for _ in range(spec.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(spec, layers) for _ in range(spec.single_blocks))
+        self.final_layer = FinalLayer(spec, layers)
+
+    def forward(
+        self, image: Tensor, conditions: Conditions, modulations: Modulations, observe: Observer | None = None
+    ) -> Tensor:
+        """Predict the velocity ``noise - data``.
+
+        Args:
+            image: Image tokens (B, I, input channels).
+            conditions: Text tokens and positions.
+            modulations: From ``modulate``, or from a table made ahead of the run.
+            observe: Called with each block's index before it runs; may raise to stop.
+
+        Returns:
+            Velocity tokens (B, I, output channels).
+        """
+        img: Tensor = self.img_in(image)
+        txt: Tensor = self.txt_in(conditions.text)
+        ids = torch.cat((conditions.text_ids, conditions.image_ids))
+        rotation = rope(ids, self.spec.axes, self.spec.theta)
+        for index, double in enumerate(self.double_blocks):
+            if observe is not None:
+                observe(index)
+            img, txt = double(img, txt, rotation, modulations.image[index], modulations.text[index])
+        x = torch.cat((txt, img), dim=1)
+        text_length = txt.shape[1]
+        del img, txt
+        for index, single in enumerate(self.single_blocks):
+            if observe is not None:
+                observe(len(self.double_blocks) + index)
+            x = single(x, rotation, modulations.single[index])
+        out: Tensor = self.final_layer(x[:, text_length:], modulations.final)
+        return out
+
+    def embed(self, times: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """The vector (B, h) that every modulation is made from.
+
+        Args:
+            times: Flow times (B,) in 0..1, 1 is pure noise.
+            pooled: CLIP's pooled vectors (B, pooled width).
+            guidance: Guidance strengths (B,); None leaves the guidance embedding out altogether.
+        """
+        vec: Tensor = self.time_in(timestep_embedding(times, TIME_WIDTH).to(pooled.dtype))
+        if guidance is not None and self.guidance_in is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_WIDTH).to(pooled.dtype))
+        vec = vec + self.vector_in(pooled)
+        return vec
+
+    def modulate(self, vec: Tensor) -> Modulations:
+        """Run every modulation layer on ``vec`` (B, h), one moment for each row."""
+        outputs = [layer(F.silu(vec)) for layer in self.modulation_layers().values()]
+        return self.gather_modulations(outputs)
+
+    def modulation_layers(self) -> dict[str, nn.Module]:
+        """Every modulation layer by its parameter prefix, in the order that ``gather_modulations`` takes."""
+        doubles = {
+            f"double_blocks.{i}.{stream}_mod.lin": block.get_submodule(f"{stream}_mod.lin")
+            for stream in ("img", "txt")
+            for i, block in enumerate(self.double_blocks)
+        }
+        singles = {
+            f"single_blocks.{i}.modulation.lin": block.get_submodule("modulation.lin")
+            for i, block in enumerate(self.single_blocks)
+        }
+        final = {"final_layer.adaLN_modulation.1": self.final_layer.get_submodule("adaLN_modulation.1")}
+        return doubles | singles | final
+
+    def gather_modulations(self, outputs: list[Tensor]) -> Modulations:
+        """Name the outputs of ``modulation_layers``, given in its order."""
+        n = len(self.double_blocks)
+        return Modulations(
+            image=tuple(outputs[:n]), text=tuple(outputs[n : 2 * n]), single=tuple(outputs[2 * n : -1]), final=outputs[-1]
+        )
+
+
+def timestep_embedding(times: Tensor, width: int) -> Tensor:
+    """Sinusoidal embedding (B, width) in fp32 of ``1000 * times``: cosines first, then sines."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=times.device) / half)
+    angles = TIME_FACTOR * times.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class Embedder(nn.Module):
+    """Two layers with SiLU between."""
+
+    def __init__(self, in_width: int, hidden: int, layers: Layers) -> None:
+        super().__init__()
+        self.in_layer = layers.Linear(in_width, hidden)
+        self.out_layer = layers.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out_layer(F.silu(self.in_layer(x)))
+        return out
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over the head dimension with fp32 statistics and a learned scale."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), self.scale.to(x), eps=NORM_EPS)
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype) * self.scale.to(x)
+
+
+class QueryKeyNorm(nn.Module):
+    """The norms of queries and of keys."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = HeadNorm(dim)
+        self.key_norm = HeadNorm(dim)
+
+
+class StreamAttention(nn.Module):
+    """One stream's projections into and out of the joint attention."""
+
+    def __init__(self, spec: Flux1Spec, layers: Layers) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.qkv = layers.Linear(spec.hidden, 3 * spec.hidden)
+        self.norm = QueryKeyNorm(spec.hidden // spec.heads)
+        self.proj = layers.Linear(spec.hidden, spec.hidden)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed queries and keys, and values, (B, H, L, D) each."""
+        return split_heads(self.qkv(x), self.norm, self.heads)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image each with weights of their own, joined in attention."""
+
+    def __init__(self, spec: Flux1Spec, layers: Layers) -> None:
+        super().__init__()
+        for stream in ("img", "txt"):
+            setattr(self, f"{stream}_mod", ModulationLayer(spec.hidden, 6, layers))
+            setattr(self, f"{stream}_attn", StreamAttention(spec, layers))
+            mlp = nn.Sequential(
+                layers.Linear(spec.hidden, spec.mlp_width),
+                nn.GELU(approximate="tanh"),
+                layers.Linear(spec.mlp_width, spec.hidden),
+            )
+            setattr(self, f"{stream}_mlp", mlp)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, rotation: Tensor, img_mod: Tensor, txt_mod: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = per_token(img_mod, 6)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = per_token(txt_mod, 6)
+        img_q, img_k, img_v = self.img_attn.project(modulated_norm(img, img_shift1, img_scale1))
+        txt_q, txt_k, txt_v = self.txt_attn.project(modulated_norm(txt, txt_shift1, txt_scale1))
+        q = apply_rope(torch.cat((txt_q, img_q), dim=2), rotation)
+        k = apply_rope(torch.cat((txt_k, img_k), dim=2), rotation)
+        mixed = merge_heads(attention(q, k, torch.cat((txt_v, img_v), dim=2)))
+        txt_mixed, img_mixed = mixed.split((txt.shape[1], img.shape[1]), dim=1)
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_mixed))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_mixed))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """Attention and feed-forward side by side on the joint sequence."""
+
+    def __init__(self, spec: Flux1Spec, layers: Layers) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.widths = (3 * spec.hidden, spec.mlp_width)
+        self.modulation = ModulationLayer(spec.hidden, 3, layers)
+        self.linear1 = layers.Linear(spec.hidden, sum(self.widths))
+        self.linear2 = layers.Linear(spec.hidden + spec.mlp_width, spec.hidden)
+        self.norm = QueryKeyNorm(spec.hidden // spec.heads)
+
+    def forward(self, x: Tensor, rotation: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale, gate = per_token(modulation, 3)
+        qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
+        q, k, v = split_heads(qkv, self.norm, self.heads)
+        mixed = merge_heads(attention(apply_rope(q, rotation), apply_rope(k, rotation), v))
+        return torch.addcmul(x, gate, self.linear2(torch.cat((mixed, F.gelu(mlp, approximate="tanh")), dim=-1)))
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation, and the projection back to patches."""
+
+    def __init__(self, spec: Flux1Spec, layers: Layers) -> None:
+        super().__init__()
+        self.linear = layers.Linear(spec.hidden, spec.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), layers.Linear(spec.hidden, 2 * spec.hidden))
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale = per_token(modulation, 2)
+        out: Tensor = self.linear(modulated_norm(x, shift, scale))
+        return out
+
+
+class ModulationLayer(nn.Module):
+    """Holds the linear that makes a block's shift, scale and gate; run by ``Flux1.modulate`` or a table."""
+
+    def __init__(self, hidden: int, parts: int, layers: Layers) -> None:
+        super().__init__()
+        self.lin = layers.Linear(hidden, parts * hidden)
+
+
+def per_token(modulation: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Cut (B, parts * h) into ``parts`` tensors (B, 1, h) that broadcast over tokens."""
+    return modulation.unsqueeze(1).chunk(parts, dim=-1)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``LayerNorm(x) * (1 + scale) + shift``, the norm without learned parameters."""
+    normed = F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def split_heads(qkv: Tensor, norm: QueryKeyNorm, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused (B, L, 3h) to normed queries, normed keys and values (B, H, L, D)."""
+    batch, length, _ = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return norm.query_norm(q), norm.key_norm(k), v
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, L, D) to (B, L, h)."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,47 @@
+"""Positions of tokens, and the rotation that encodes them (RoPE, Su et al. 2021).
+
+Shapes: B batch, L tokens, A axes, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["apply_rope", "image_ids", "rope", "text_ids"]
+
+
+def image_ids(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Ids (height * width, 3) of image tokens, row-major: (0, row, column). Sizes are in tokens."""
+    ids = torch.zeros(height, width, 3, device=device)
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)[None, :]
+    return ids.view(-1, 3)
+
+
+def text_ids(length: int, device: torch.device | None = None) -> Tensor:
+    """Ids (length, 3) of FLUX.1's text tokens: all zero, so that the rotation leaves them as they are."""
+    return torch.zeros(length, 3, device=device)
+
+
+def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
+    """Unit complex numbers (L, D/2) that rotate each pair of a head's dimensions.
+
+    Args:
+        ids: Positions (L, A).
+        axes: Dimensions given to each axis, even, D in all.
+        theta: Base of the frequencies ``theta ** (-2i / d)``.
+    """
+    angles = []
+    for axis, dim in enumerate(axes):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        omega = theta**-exponents
+        angles.append((ids[:, axis, None].double() * omega).float())
+    joined = torch.cat(angles, dim=-1)
+    return torch.polar(torch.ones_like(joined), joined)
+
+
+def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x (B, heads, L, D) by ``rotation`` (L, D/2), in fp32, and return x's dtype."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
