@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["FileError", "FluxFoundryError", "MismatchError", "MissingFileError", "NumericError", "UserError"]
+__all__ = [
+    "Cancelled",
+    "FileError",
+    "FluxFoundryError",
+    "MismatchError",
+    "MissingFileError",
+    "NumericError",
+    "UserError",
+]
 
 
 class FluxFoundryError(Exception):
@@ -27,3 +35,7 @@ class MismatchError(UserError):
 
 class NumericError(FluxFoundryError):
     """A result that is not finite."""
+
+
+class Cancelled(FluxFoundryError):  # noqa: N818 - not an error
+    """The caller asked a run to stop."""

@@ -27,7 +27,7 @@ MAX_OBJECTS = 3
 MAX_LETTERS = 5
 
 HELD_OUT_OF = 16  # one request in this many is kept for evaluation
-WORDS = (
+WORDS = (  # of signs that people would ask for
     "OPEN SHOP SALE STOP EXIT FREE CAFE HELP FLUX PAUSE PLAY STAR MOON SUN SKY RED BLUE LOVE HELLO WORLD FIRE WATER "
     "EARTH WIND GO NO YES UP ON OFF IN OUT HOT COLD NEW OLD BIG TEA BAR BUS TAXI HOTEL PIZZA BREAD MILK WINE BEER FISH "
     "CAKE BOOK NEWS ZOO PARK ROAD CITY HOME ROOM DOOR KEY BOX BAG HAT CAT DOG FOX OWL BEE ANT JAZZ ROCK KING QUEEN"
@@ -121,7 +121,10 @@ def _random_sign(rng: random.Random) -> Request:
 
 def _random_objects(rng: random.Random) -> Request:
     layout = rng.choice(("one", "one", "two", "two", "three", "related", "counted", "counted with another"))
-    size = lambda: rng.choice((None, None, *SIZES))  # noqa: E731
+
+    def size() -> str | None:
+        return rng.choice((None, None, *SIZES))
+
     background = rng.choice(COLOURS) if rng.random() < 0.45 else None
     colours = [c for c in COLOURS if c != background]
     relation = None

@@ -111,9 +111,7 @@ def lay_out(request: Request, rng: random.Random, width: int = NATIVE_SIDE, heig
         radii = [_radius(sizes[o], len(wanted) == 1, rng) * scale * shrink for o in wanted]
         centres = _place(wanted, radii, request.relation, rng, width, height)
         if centres is not None:
-            items = tuple(
-                Item(o.shape, o.colour, x, y, r) for o, (x, y), r in zip(wanted, centres, radii, strict=True)
-            )
+            items = tuple(Item(o.shape, o.colour, x, y, r) for o, (x, y), r in zip(wanted, centres, radii, strict=True))
             return Scene(width, height, background, items)
     raise ValueError(f"a canvas of {width}x{height} pixels has no room for {len(wanted)} objects; use a larger one")
 
@@ -161,9 +159,7 @@ def _centre(position: str | None, radius: float, rng: random.Random, width: int,
 
 def _apart(centres: list[tuple[float, float]], radii: list[float]) -> bool:
     return all(
-        math.dist(centres[i], centres[j]) >= radii[i] + radii[j] + MARGIN
-        for i in range(len(centres))
-        for j in range(i)
+        math.dist(centres[i], centres[j]) >= radii[i] + radii[j] + MARGIN for i in range(len(centres)) for j in range(i)
     )
 
 
@@ -201,7 +197,8 @@ def draw(scene: Scene) -> Image:
         _paint(canvas, mask, item.colour)
     if scene.sign is not None:
         _paint(canvas, word_mask(scene.sign, scene.width, scene.height), scene.sign.colour)
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    picture: Image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    return picture
 
 
 def _paint(canvas: NDArray[np.float32], mask: Mask, colour: str) -> None:
@@ -211,24 +208,30 @@ def _paint(canvas: NDArray[np.float32], mask: Mask, colour: str) -> None:
 def shape_mask(shape: str, x: float, y: float, radius: float, width: int, height: int) -> Mask:
     """Coverage (H, W) in 0..1 of one shape with its centre at (x, y)."""
     big = np.zeros((height * SUPERSAMPLE, width * SUPERSAMPLE), np.uint8)
-    points = lambda unit: np.asarray(  # noqa: E731
-        [[((x + u * radius) * SUPERSAMPLE), ((y + v * radius) * SUPERSAMPLE)] for u, v in unit]
-    ).round().astype(np.int32)  # fmt: skip
     centre = (round(x * SUPERSAMPLE), round(y * SUPERSAMPLE))
     if shape in ("circle", "ring"):
         cv2.circle(big, centre, round(radius * SUPERSAMPLE), 255, cv2.FILLED)
         if shape == "ring":
             cv2.circle(big, centre, round(radius * RING_HOLE * SUPERSAMPLE), 0, cv2.FILLED)
     else:
-        cv2.fillPoly(big, [points(OUTLINES[shape])], 255)
-    small = cv2.resize(big, (width, height), interpolation=cv2.INTER_AREA)
-    return np.asarray(small, np.float32) / 255
+        corners = [((x + u * radius) * SUPERSAMPLE, (y + v * radius) * SUPERSAMPLE) for u, v in OUTLINES[shape]]
+        cv2.fillPoly(big, [np.asarray(corners).round().astype(np.int32)], 255)
+    return _averaged_down(big, width, height)
+
+
+def _averaged_down(big: Image, width: int, height: int) -> Mask:
+    """A supersampled mask of bytes to coverage in 0..1."""
+    small: Mask = cv2.resize(big, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
+    small /= 255
+    return small
 
 
 def _polar(count: int, radii: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
     """Corners of a regular figure whose radii alternate, first corner up."""
     angles = [2 * math.pi * i / count - math.pi / 2 for i in range(count)]
-    return tuple((radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles))
+    return tuple(
+        (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)
+    )
 
 
 RING_HOLE = 0.55
@@ -254,8 +257,7 @@ def word_mask(sign: Sign, width: int, height: int) -> Mask:
         left = round(centre_x * SUPERSAMPLE - glyph.shape[1] / 2)
         top = round(sign.y * SUPERSAMPLE - glyph.shape[0] / 2)
         _stamp(big, glyph, left, top)
-    small = cv2.resize(big, (width, height), interpolation=cv2.INTER_AREA)
-    return np.asarray(small, np.float32) / 255
+    return _averaged_down(big, width, height)
 
 
 def _stamp(big: Image, glyph: Image, left: int, top: int) -> None:

@@ -96,7 +96,8 @@ def train_autoencoder(
         The autoencoder with its averaged weights.
     """
     torch.manual_seed(seed)
-    model = Autoencoder(MINI).to(device, memory_format=torch.channels_last)
+    model = Autoencoder(MINI).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     _fix_posterior(model)
     average = Ema(model, recipe.ema_decay)
     optimizer = Muon(split_parameters(model, _is_matrix), recipe.learning_rate)

@@ -19,12 +19,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.text.clip import ClipText
-from ..models.text.t5 import T5Encoder
+from ..models.text.t5 import SelfAttention, T5Encoder
+from ..ops.dtypes import fast_dtype
 from ..specs.text import CLIP_MINI, T5_MINI
-from ..weights.readers.tokenizer import ClipTokenizer, T5Tokenizer, read_clip_tokenizer, read_t5_tokenizer
+from ..training.muon import Muon, split_parameters
+from ..weights.readers.tokenizer import T5Tokenizer, read_clip_tokenizer, read_t5_tokenizer
 from .language import (
-    COLOURS, LETTERS, MAX_LETTERS, MAX_OBJECTS, POSITIONS, RELATIONS, SHAPES, SIZES,
-    Request, Span, phrase, random_request, text_of,
+    COLOURS,
+    LETTERS,
+    MAX_LETTERS,
+    MAX_OBJECTS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Request,
+    Span,
+    phrase,
+    random_request,
+    text_of,
 )  # fmt: skip
 
 __all__ = ["TextRecipe", "train_text_encoders"]
@@ -62,10 +75,10 @@ KINDS = len(COLOURS) * len(SHAPES)
 
 @dataclass(frozen=True, kw_only=True)
 class TextRecipe:
-    """Numbers of the run: steps of ``batch`` prompts each, AdamW's peak learning rate."""
+    """Numbers of the run: steps of ``batch`` prompts each, the peak learning rate."""
 
     steps: int = 1500
-    batch: int = 128
+    batch: int = 64
     learning_rate: float = 2e-3
 
 
@@ -84,18 +97,20 @@ def train_text_encoders(
     pooled_heads = nn.ModuleDict({q: nn.Linear(CLIP_MINI.width, n) for q, n in POOLED_QUESTIONS.items()})
     kinds_head = nn.Linear(CLIP_MINI.width, KINDS)
     modules = nn.ModuleList((t5, clip, token_heads, pooled_heads, kinds_head))
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+    optimizer = Muon(split_parameters(modules, _is_matrix), recipe.learning_rate, weight_decay=0.01)
+    compute = fast_dtype("cpu")
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step / recipe.steps)
         prompts = [prompt_with_answers(rng) for _ in range(recipe.batch)]
         ids, answers = token_batch(prompts, t5_tokenizer)
-        hidden = t5(ids)
+        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+            hidden = t5(ids).float()
+            pooled = clip(torch.tensor([clip_tokenizer(text_of(spans)).ids for _, spans in prompts]))[1].float()
         losses = {
             q: F.cross_entropy(token_heads[q](hidden).flatten(0, 1), answers[q].flatten(), ignore_index=IGNORED)
             for q in TOKEN_QUESTIONS
         }
-        _, pooled = clip(torch.tensor([clip_tokenizer(text_of(spans)).ids for _, spans in prompts]))
         pooled_answers, kinds = pooled_batch([request for request, _ in prompts])
         for q in POOLED_QUESTIONS:
             losses[f"pooled {q}"] = F.cross_entropy(pooled_heads[q](pooled), pooled_answers[q])
@@ -105,11 +120,11 @@ def train_text_encoders(
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 100 == 0:
-            worst = sorted(losses, key=lambda q: -float(losses[q]))[:4]
+        if (step + 1) % 50 == 0:
+            worst = sorted(losses, key=lambda q: -losses[q].item())[:4]
             report(
-                f"text {step + 1}/{recipe.steps}: loss {float(loss):.4f}; hardest: "
-                + ", ".join(f"{q} {float(losses[q]):.4f}" for q in worst)
+                f"text {step + 1}/{recipe.steps}: loss {loss.item():.4f}; hardest: "
+                + ", ".join(f"{q} {losses[q].item():.4f}" for q in worst)
             )
     return t5.eval(), clip.eval()
 
@@ -123,9 +138,13 @@ def initialise(module: nn.Module, width: int) -> None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.Embedding):
             nn.init.normal_(layer.weight, std=0.5 if layer.embedding_dim == width else 0.1)
-    if isinstance(module, T5Encoder):
-        for block in module.encoder.block:
-            block.layer[0].SelfAttention.q.weight.data.mul_(T5_MINI.head_width**-0.5)
+        if isinstance(layer, SelfAttention):
+            layer.q.get_parameter("weight").data.mul_(T5_MINI.head_width**-0.5)
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """The layers' matrices; embeddings and the heads that are dropped are AdamW's."""
+    return parameter.ndim == 2 and ("encoder.block" in name or "encoder.layers" in name) and "bias" not in name
 
 
 def _schedule(done: float) -> float:

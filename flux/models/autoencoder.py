@@ -38,8 +38,8 @@ class Autoencoder(nn.Module):
 
     def encode_mean(self, pixels: Tensor) -> Tensor:
         """Posterior mean (B, C, h, w) in the autoencoder's own space: no scale, no shift."""
-        mean, _ = self.encoder(pixels).chunk(2, dim=1)
-        return mean
+        moments: Tensor = self.encoder(pixels)
+        return moments.chunk(2, dim=1)[0]
 
     def decode_mean(self, latents: Tensor) -> Tensor:
         """Pictures from latents in the autoencoder's own space."""
@@ -65,27 +65,18 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         channels = widths[0]
         for index, width in enumerate(widths):
-            level = nn.Module()
-            level.block = nn.ModuleList()
-            for _ in range(spec.res_blocks):
-                level.block.append(ResBlock(channels, width, spec.norm_groups))
-                channels = width
-            if index < len(widths) - 1:
-                level.downsample = Downsample(channels)
-            self.down.append(level)
-        self.mid = middle(channels, spec.norm_groups)
+            last = index == len(widths) - 1
+            self.down.append(DownLevel(channels, width, spec, downsample=not last))
+            channels = width
+        self.mid = Middle(channels, spec.norm_groups)
         self.norm_out = group_norm(channels, spec.norm_groups)
         self.conv_out = nn.Conv2d(channels, 2 * spec.latent_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         h = self.conv_in(pixels)
         for level in self.down:
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        h = run_middle(self.mid, h)
-        moments: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+            h = level(h)
+        moments: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
         return moments
 
 
@@ -97,46 +88,65 @@ class Decoder(nn.Module):
         widths = [spec.base_channels * m for m in spec.channel_multipliers]
         channels = widths[-1]
         self.conv_in = nn.Conv2d(spec.latent_channels, channels, 3, padding=1)
-        self.mid = middle(channels, spec.norm_groups)
-        levels = []
-        for index in reversed(range(len(widths))):
-            level = nn.Module()
-            level.block = nn.ModuleList()
-            for _ in range(spec.res_blocks + 1):
-                level.block.append(ResBlock(channels, widths[index], spec.norm_groups))
-                channels = widths[index]
-            if index > 0:
-                level.upsample = Upsample(channels)
-            levels.insert(0, level)  # stored finest level first, run coarsest first
-        self.up = nn.ModuleList(levels)
+        self.mid = Middle(channels, spec.norm_groups)
+        levels: list[UpLevel] = []
+        for index, width in reversed(list(enumerate(widths))):
+            levels.insert(0, UpLevel(channels, width, spec, upsample=index > 0))
+            channels = width
+        self.up = nn.ModuleList(levels)  # stored finest level first, run coarsest first
         self.norm_out = group_norm(channels, spec.norm_groups)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        h = run_middle(self.mid, self.conv_in(latents))
+        h = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level(h)
         pixels: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return pixels
 
 
-def middle(channels: int, groups: int) -> nn.Module:
-    """The two residual blocks with attention between them, under the checkpoint's names."""
-    mid = nn.Module()
-    mid.block_1 = ResBlock(channels, channels, groups)
-    mid.attn_1 = AttentionBlock(channels, groups)
-    mid.block_2 = ResBlock(channels, channels, groups)
-    return mid
+class DownLevel(nn.Module):
+    """One resolution of the encoder."""
+
+    def __init__(self, channels: int, width: int, spec: AutoencoderSpec, *, downsample: bool) -> None:
+        super().__init__()
+        inputs = [channels] + [width] * (spec.res_blocks - 1)
+        self.block = nn.ModuleList(ResBlock(c, width, spec.norm_groups) for c in inputs)
+        self.downsample = Downsample(width) if downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.downsample is None else self.downsample(x)
 
 
-def run_middle(mid: nn.Module, h: Tensor) -> Tensor:
-    """Forward of ``middle``, which is only a namespace."""
-    for name in ("block_1", "attn_1", "block_2"):
-        h = mid.get_submodule(name)(h)
-    return h
+class UpLevel(nn.Module):
+    """One resolution of the decoder, with a block more than the encoder has."""
+
+    def __init__(self, channels: int, width: int, spec: AutoencoderSpec, *, upsample: bool) -> None:
+        super().__init__()
+        inputs = [channels] + [width] * spec.res_blocks
+        self.block = nn.ModuleList(ResBlock(c, width, spec.norm_groups) for c in inputs)
+        self.upsample = Upsample(width) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Middle(nn.Module):
+    """Two residual blocks with attention between them."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return out
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -152,13 +162,12 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        skip = x if self.nin_shortcut is None else self.nin_shortcut(x)
         out: Tensor = skip + h
         return out
 

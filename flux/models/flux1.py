@@ -121,7 +121,7 @@ class Flux1(nn.Module):
         if guidance is not None and self.guidance_in is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_WIDTH).to(pooled.dtype))
         vec = vec + self.vector_in(pooled)
-        return vec
+        return vec  # noqa: RET504 - named for its type
 
     def modulate(self, vec: Tensor) -> Modulations:
         """Run every modulation layer on ``vec`` (B, h), one moment for each row."""
@@ -146,14 +146,19 @@ class Flux1(nn.Module):
         """Name the outputs of ``modulation_layers``, given in its order."""
         n = len(self.double_blocks)
         return Modulations(
-            image=tuple(outputs[:n]), text=tuple(outputs[n : 2 * n]), single=tuple(outputs[2 * n : -1]), final=outputs[-1]
+            image=tuple(outputs[:n]),
+            text=tuple(outputs[n : 2 * n]),
+            single=tuple(outputs[2 * n : -1]),
+            final=outputs[-1],
         )
 
 
 def timestep_embedding(times: Tensor, width: int) -> Tensor:
     """Sinusoidal embedding (B, width) in fp32 of ``1000 * times``: cosines first, then sines."""
     half = width // 2
-    frequencies = torch.exp(-math.log(TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=times.device) / half)
+    # Multiplied, then divided, as the reference does: angles reach thousands, where the last bit of a frequency shows.
+    exponents = -math.log(TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=times.device) / half
+    frequencies = torch.exp(exponents)
     angles = TIME_FACTOR * times.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -213,15 +218,9 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, spec: Flux1Spec, layers: Layers) -> None:
         super().__init__()
-        for stream in ("img", "txt"):
-            setattr(self, f"{stream}_mod", ModulationLayer(spec.hidden, 6, layers))
-            setattr(self, f"{stream}_attn", StreamAttention(spec, layers))
-            mlp = nn.Sequential(
-                layers.Linear(spec.hidden, spec.mlp_width),
-                nn.GELU(approximate="tanh"),
-                layers.Linear(spec.mlp_width, spec.hidden),
-            )
-            setattr(self, f"{stream}_mlp", mlp)
+        self.img_mod, self.txt_mod = (ModulationLayer(spec.hidden, 6, layers) for _ in range(2))
+        self.img_attn, self.txt_attn = (StreamAttention(spec, layers) for _ in range(2))
+        self.img_mlp, self.txt_mlp = (feed_forward(spec, layers) for _ in range(2))
 
     def forward(
         self, img: Tensor, txt: Tensor, rotation: Tensor, img_mod: Tensor, txt_mod: Tensor
@@ -233,12 +232,21 @@ class DoubleBlock(nn.Module):
         q = apply_rope(torch.cat((txt_q, img_q), dim=2), rotation)
         k = apply_rope(torch.cat((txt_k, img_k), dim=2), rotation)
         mixed = merge_heads(attention(q, k, torch.cat((txt_v, img_v), dim=2)))
-        txt_mixed, img_mixed = mixed.split((txt.shape[1], img.shape[1]), dim=1)
+        txt_mixed, img_mixed = mixed[:, : txt.shape[1]], mixed[:, txt.shape[1] :]
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_mixed))
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_mixed))
         img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
         return img, txt
+
+
+def feed_forward(spec: Flux1Spec, layers: Layers) -> nn.Sequential:
+    """Two layers with tanh-GELU between, named 0 and 2 as in the checkpoints."""
+    return nn.Sequential(
+        layers.Linear(spec.hidden, spec.mlp_width),
+        nn.GELU(approximate="tanh"),
+        layers.Linear(spec.mlp_width, spec.hidden),
+    )
 
 
 class SingleBlock(nn.Module):

@@ -43,5 +43,14 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
 
 def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate neighbouring pairs of x (B, heads, L, D) by ``rotation`` (L, D/2), in fp32, and return x's dtype."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    if torch.compiler.is_compiling():  # the compiler cannot fuse complex numbers
+        cos, sin = rotation.real, rotation.imag
+        even, odd = as_pairs(x).unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(as_pairs(x).contiguous())
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+def as_pairs(x: Tensor) -> Tensor:
+    """(..., D) to fp32 (..., D/2, 2)."""
+    return x.float().view(*x.shape[:-1], -1, 2)

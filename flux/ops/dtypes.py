@@ -12,7 +12,7 @@ import time
 import torch
 from torch.nn import functional as F
 
-__all__ = ["fast_dtype"]
+__all__ = ["compute_dtype", "fast_dtype"]
 
 PROBE_ROWS, PROBE_WIDTH = 256, 512
 PROBE_REPEATS = 3
@@ -44,3 +44,18 @@ def _probe_seconds(dtype: torch.dtype, rows: int = PROBE_ROWS, repeats: int = PR
         F.linear(x, weight)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+SMALL_MODEL = 100_000_000  # parameters up to which fp32 costs nobody anything
+
+
+def compute_dtype(device: torch.device | str, parameters: int) -> torch.dtype:
+    """What weights become where they run: fp32 for small models on a CPU, else what the device multiplies fast.
+
+    Args:
+        device: Where the model runs.
+        parameters: How many it has.
+    """
+    if torch.device(device).type == "cpu" and parameters <= SMALL_MODEL:
+        return torch.float32
+    return fast_dtype(device)

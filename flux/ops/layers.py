@@ -6,12 +6,15 @@ can supply layers that bring their weights when they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["TORCH_LAYERS", "Layers"]
+__all__ = ["TORCH_LAYERS", "Layers", "on_meta"]
 
 
 class Layers(Protocol):
@@ -26,3 +29,29 @@ class Layers(Protocol):
 
 
 TORCH_LAYERS = cast(Layers, nn)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules on the meta device inside the block, without initialising what gets its numbers from a file.
+
+    On the meta device torch's own normal initialisation costs seconds: it brings in the compiler.
+    """
+    with torch.device("meta"), _WithoutInit():
+        yield
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Turns every function of ``torch.nn.init`` into one that gives its tensor back."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)

@@ -145,6 +145,5 @@ MINI_SCHNELL = replace(
 )
 
 FLUX1: dict[str, Flux1Spec] = {
-    spec.name: spec
-    for spec in (SCHNELL, DEV, KREA, FILL, DEPTH, CANNY, KONTEXT, MINI, MINI_SCHNELL)
+    spec.name: spec for spec in (SCHNELL, DEV, KREA, FILL, DEPTH, CANNY, KONTEXT, MINI, MINI_SCHNELL)
 }

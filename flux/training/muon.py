@@ -31,7 +31,7 @@ def orthogonalised(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
         iterations: Newton-Schulz steps.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(fast_dtype(matrix.device))
+    x: Tensor = matrix.to(fast_dtype(matrix.device))
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -39,12 +39,15 @@ def orthogonalised(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    if tall:
+        x = x.mT
+    return x.to(matrix.dtype)
 
 
 def split_parameters(module: nn.Module, is_matrix: Callable[[str, Tensor], bool]) -> list[dict[str, Any]]:
     """Two parameter groups for ``Muon``: those that are orthogonalised, and those that AdamW takes."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in module.named_parameters():
         (matrices if is_matrix(name, parameter) else rest).append(parameter)
     return [{"params": matrices, "orthogonal": True}, {"params": rest, "orthogonal": False}]
@@ -125,5 +128,6 @@ class Muon(Optimizer):
         step = float(self.state[parameters[0]]["step"])
         denominators = torch._foreach_sqrt(torch._foreach_div(squares, 1 - second**step))
         torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(parameters, means, denominators, -group["lr"] / (1 - first**step))
+        tensors: list[Tensor] = list(parameters)
+        torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_addcdiv_(tensors, means, denominators, -group["lr"] / (1 - first**step))

@@ -47,51 +47,90 @@ class TextModel(nn.Module):
 
     def __init__(self, spec: ClipTextSpec, layers: Layers) -> None:
         super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.token_embedding = layers.Embedding(spec.vocabulary, spec.width)
-        self.embeddings.position_embedding = layers.Embedding(spec.positions, spec.width)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(Layer(spec, layers) for _ in range(spec.layers))
+        self.embeddings = Embeddings(spec, layers)
+        self.encoder = LayerStack(spec, layers)
         self.final_layer_norm = layers.LayerNorm(spec.width, eps=NORM_EPS)
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
-        places = torch.arange(length, device=ids.device)
-        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding(places)
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        for layer in self.encoder.layers:
-            x = layer(x, causal)
-        out: Tensor = self.final_layer_norm(x)
+        out: Tensor = self.final_layer_norm(self.encoder(self.embeddings(ids), causal))
         return out
 
 
+class Embeddings(nn.Module):
+    """Of tokens and of their places."""
+
+    def __init__(self, spec: ClipTextSpec, layers: Layers) -> None:
+        super().__init__()
+        self.token_embedding = layers.Embedding(spec.vocabulary, spec.width)
+        self.position_embedding = layers.Embedding(spec.positions, spec.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        out: Tensor = self.token_embedding(ids) + self.position_embedding(places)
+        return out
+
+
+class LayerStack(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, spec: ClipTextSpec, layers: Layers) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(spec, layers) for _ in range(spec.layers))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward with quick GELU."""
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, spec: ClipTextSpec, layers: Layers) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(spec, layers)
+        self.layer_norm1 = layers.LayerNorm(spec.width, eps=NORM_EPS)
+        self.layer_norm2 = layers.LayerNorm(spec.width, eps=NORM_EPS)
+        self.mlp = FeedForward(spec, layers)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention under a causal mask."""
 
     def __init__(self, spec: ClipTextSpec, layers: Layers) -> None:
         super().__init__()
         self.heads = spec.heads
-        self.self_attn = nn.Module()
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self.self_attn, name, layers.Linear(spec.width, spec.width))
-        self.layer_norm1 = layers.LayerNorm(spec.width, eps=NORM_EPS)
-        self.layer_norm2 = layers.LayerNorm(spec.width, eps=NORM_EPS)
-        self.mlp = nn.Module()
-        self.mlp.fc1 = layers.Linear(spec.width, spec.mlp_width)
-        self.mlp.fc2 = layers.Linear(spec.mlp_width, spec.width)
+        self.q_proj = layers.Linear(spec.width, spec.width)
+        self.k_proj = layers.Linear(spec.width, spec.width)
+        self.v_proj = layers.Linear(spec.width, spec.width)
+        self.out_proj = layers.Linear(spec.width, spec.width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self._attend(self.layer_norm1(x), mask)
-        h = self.mlp.fc1(self.layer_norm2(x))
-        out: Tensor = x + self.mlp.fc2(h * torch.sigmoid(QUICK_GELU_SLOPE * h))
-        return out
-
-    def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
         batch, length, width = x.shape
         q, k, v = (
-            self.self_attn.get_submodule(name)(x).view(batch, length, self.heads, -1).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
+            project(x).view(batch, length, self.heads, -1).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attention(q, k, v, mask).transpose(1, 2).reshape(batch, length, width)
-        out: Tensor = self.self_attn.out_proj(mixed)
+        out: Tensor = self.out_proj(attention(q, k, v, mask).transpose(1, 2).reshape(batch, length, width))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two layers with quick GELU, x * sigmoid(1.702 x), between."""
+
+    def __init__(self, spec: ClipTextSpec, layers: Layers) -> None:
+        super().__init__()
+        self.fc1 = layers.Linear(spec.width, spec.mlp_width)
+        self.fc2 = layers.Linear(spec.mlp_width, spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        out: Tensor = self.fc2(h * torch.sigmoid(QUICK_GELU_SLOPE * h))
         return out

@@ -28,9 +28,7 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.shared = layers.Embedding(spec.vocabulary, spec.width)
-        self.encoder = nn.Module()
-        self.encoder.block = nn.ModuleList(Block(spec, layers, first=i == 0) for i in range(spec.layers))
-        self.encoder.final_layer_norm = RmsNorm(spec.width)
+        self.encoder = Stack(spec, layers)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode.
@@ -39,62 +37,118 @@ class T5Encoder(nn.Module):
             ids: Token ids (B, L).
             mask: (B, L), True where a token may be attended. None attends to padding too, as FLUX.1 does.
         """
-        x: Tensor = self.shared(ids)
-        bias = self.encoder.block[0].position_bias(ids.shape[1], x)
+        out: Tensor = self.encoder(self.shared(ids), mask)
+        return out
+
+
+class Stack(nn.Module):
+    """Blocks and final norm. The position table of all blocks is the first one's."""
+
+    def __init__(self, spec: T5Spec, layers: Layers) -> None:
+        super().__init__()
+        first = Block(spec, layers, has_positions=True)
+        self.first = (first,)  # a tuple, so that it is registered once, below
+        self.block = nn.ModuleList((first, *(Block(spec, layers) for _ in range(spec.layers - 1))))
+        self.final_layer_norm = RmsNorm(spec.width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        bias = self.first[0].position_bias(x)
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
-        for block in self.encoder.block:
+        for block in self.block:
             x = block(x, bias)
-        out: Tensor = self.encoder.final_layer_norm(x)
+        out: Tensor = self.final_layer_norm(x)
         return out
 
 
 class Block(nn.Module):
-    """Attention, then the gated feed-forward; the first block holds the position table of all."""
+    """Attention, then the gated feed-forward, under the names of Hugging Face's two-element list."""
 
-    def __init__(self, spec: T5Spec, layers: Layers, *, first: bool) -> None:
+    def __init__(self, spec: T5Spec, layers: Layers, *, has_positions: bool = False) -> None:
         super().__init__()
-        self.spec = spec
-        inner = spec.heads * spec.head_width
-        attend, feed = nn.Module(), nn.Module()
-        attend.SelfAttention = nn.Module()
-        for name in ("q", "k", "v"):
-            setattr(attend.SelfAttention, name, layers.Linear(spec.width, inner, bias=False))
-        attend.SelfAttention.o = layers.Linear(inner, spec.width, bias=False)
-        if first:
-            attend.SelfAttention.relative_attention_bias = layers.Embedding(spec.buckets, spec.heads)
-        attend.layer_norm = RmsNorm(spec.width)
-        feed.DenseReluDense = nn.Module()
-        feed.DenseReluDense.wi_0 = layers.Linear(spec.width, spec.mlp_width, bias=False)
-        feed.DenseReluDense.wi_1 = layers.Linear(spec.width, spec.mlp_width, bias=False)
-        feed.DenseReluDense.wo = layers.Linear(spec.mlp_width, spec.width, bias=False)
-        feed.layer_norm = RmsNorm(spec.width)
-        self.layer = nn.ModuleList((attend, feed))
+        self.layer = nn.ModuleList((AttentionLayer(spec, layers, has_positions), FeedForwardLayer(spec, layers)))
 
-    def position_bias(self, length: int, like: Tensor) -> Tensor:
-        """The additive bias (1, H, L, L) of relative positions, in the dtype and on the device of ``like``."""
-        places = torch.arange(length, device=like.device)
-        relative = places[None, :] - places[:, None]  # key minus query
-        buckets = relative_buckets(relative, self.spec.buckets, self.spec.max_distance)
-        table = self.layer[0].SelfAttention.relative_attention_bias(buckets)  # (L, L, H)
-        bias: Tensor = table.permute(2, 0, 1)[None].to(like.dtype)
-        return bias
+    def position_bias(self, like: Tensor) -> Tensor:
+        """The additive bias (1, H, L, L) of the positions of ``like`` (B, L, D)."""
+        attend = self.layer[0]
+        assert isinstance(attend, AttentionLayer)
+        return attend.SelfAttention.position_bias(like)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attend, feed = self.layer
-        x = x + self._attend(attend.layer_norm(x), bias)
-        dense = feed.DenseReluDense
-        h = feed.layer_norm(x)
-        x = x + dense.wo(F.gelu(dense.wi_0(h), approximate="tanh") * dense.wi_1(h))
+        x = x + attend(x, bias)
+        x = x + feed(x)
         # fp16 overflows here in T5-XXL; infinities would spread to every token.
         return x.clamp(-FP16_LIMIT, FP16_LIMIT) if x.dtype == torch.float16 else x
 
-    def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
-        own = self.layer[0].SelfAttention
+
+class AttentionLayer(nn.Module):
+    """Norm and attention."""
+
+    def __init__(self, spec: T5Spec, layers: Layers, has_positions: bool) -> None:
+        super().__init__()
+        self.SelfAttention = SelfAttention(spec, layers, has_positions)
+        self.layer_norm = RmsNorm(spec.width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = self.SelfAttention(self.layer_norm(x), bias)
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention without scale or bias terms; relative positions add to the logits."""
+
+    def __init__(self, spec: T5Spec, layers: Layers, has_positions: bool) -> None:
+        super().__init__()
+        self.spec = spec
+        inner = spec.heads * spec.head_width
+        self.q = layers.Linear(spec.width, inner, bias=False)
+        self.k = layers.Linear(spec.width, inner, bias=False)
+        self.v = layers.Linear(spec.width, inner, bias=False)
+        self.o = layers.Linear(inner, spec.width, bias=False)
+        if has_positions:
+            self.relative_attention_bias = layers.Embedding(spec.buckets, spec.heads)
+
+    def position_bias(self, like: Tensor) -> Tensor:
+        """The additive bias (1, H, L, L) of relative positions, in dtype and device of ``like`` (B, L, D)."""
+        places = torch.arange(like.shape[1], device=like.device)
+        relative = places[None, :] - places[:, None]  # key minus query
+        buckets = relative_buckets(relative, self.spec.buckets, self.spec.max_distance)
+        table: Tensor = self.relative_attention_bias(buckets)  # (L, L, H)
+        return table.permute(2, 0, 1)[None].to(like.dtype)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = (m(x).view(batch, length, self.spec.heads, -1).transpose(1, 2) for m in (own.q, own.k, own.v))
+        q, k, v = (m(x).view(batch, length, self.spec.heads, -1).transpose(1, 2) for m in (self.q, self.k, self.v))
         mixed = attention(q, k, v, bias, scale=1.0)  # T5 folds the scale into its initialisation
-        out: Tensor = own.o(mixed.transpose(1, 2).reshape(batch, length, -1))
+        out: Tensor = self.o(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+
+class FeedForwardLayer(nn.Module):
+    """Norm and gated feed-forward."""
+
+    def __init__(self, spec: T5Spec, layers: Layers) -> None:
+        super().__init__()
+        self.DenseReluDense = GatedDense(spec, layers)
+        self.layer_norm = RmsNorm(spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.DenseReluDense(self.layer_norm(x))
+        return out
+
+
+class GatedDense(nn.Module):
+    """``wo(gelu(wi_0 x) * (wi_1 x))`` with the tanh form of GELU."""
+
+    def __init__(self, spec: T5Spec, layers: Layers) -> None:
+        super().__init__()
+        self.wi_0 = layers.Linear(spec.width, spec.mlp_width, bias=False)
+        self.wi_1 = layers.Linear(spec.width, spec.mlp_width, bias=False)
+        self.wo = layers.Linear(spec.mlp_width, spec.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
         return out
 
 

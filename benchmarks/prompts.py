@@ -1,0 +1,117 @@
+"""Do the embedded models draw what prompts ask for? Measured on requests that training never drew.
+
+``python -m benchmarks.prompts --model mini --count 600``. Every picture goes through the engine's own sampler and
+autoencoder, and is judged by ``checker``, which looks at pixels only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.checker import Tally, check
+from flux.mini.files import MINI, MINI_SCHNELL, open_mini
+from flux.mini.language import Request, phrase, random_request, text_of
+from flux.pipelines.denoising import denoise
+from flux.pipelines.prompts import EncodedPrompt
+from flux.pipelines.text_to_image import FluxModel, decode, plan_sigmas
+from flux.pipelines.text_to_image import Request as Settings
+from flux.sampling.noise import draw_noise
+
+__all__ = ["Report", "main", "measure"]
+
+MODELS = {"mini": MINI, "mini-schnell": MINI_SCHNELL}
+SIDE = 128
+CELLS = SIDE // 8
+SEED = 2_026
+BATCH = 16  # prompts that walk side by side; they do not touch each other
+FAULTS_SHOWN = 12
+
+
+@dataclass
+class Report:
+    """What came out: rates by kind, the time it took, and examples of faults."""
+
+    model: str
+    tally: Tally = field(default_factory=Tally)
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+    pictures: list[Tensor] = field(default_factory=list)
+
+
+def requests_for_measuring(count: int, seed: int = SEED, sign_share: float = 0.35) -> list[tuple[Request, str]]:
+    """Held-out requests, each in one of its phrasings."""
+    rng = random.Random(f"measure/{seed}")
+    chosen = []
+    for _ in range(count):
+        request = random_request(rng, sign_share=sign_share, held_out=True)
+        chosen.append((request, text_of(phrase(request, rng))))
+    return chosen
+
+
+def measure(name: str, count: int, *, model: FluxModel | None = None, keep: int = 0) -> Report:
+    """Draw and judge ``count`` prompts; the first ``keep`` pictures are kept."""
+    model = model or open_mini(MODELS[name])
+    report = Report(name)
+    chosen = requests_for_measuring(count)
+    began = time.monotonic()
+    for start in range(0, count, BATCH):
+        group = chosen[start : start + BATCH]
+        pixels = draw_group(model, [text for _, text in group], seed=SEED + start)
+        for (request, text), picture in zip(group, pixels, strict=True):
+            verdict = check(picture.numpy(), request)
+            report.tally.add(verdict, request)
+            if verdict.faults:
+                report.faults.append(f"{text!r}: {'; '.join(verdict.faults)}")
+            if len(report.pictures) < keep:
+                report.pictures.append(picture)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def draw_group(model: FluxModel, prompts: list[str], seed: int) -> Tensor:
+    """Pictures (B, H, W, 3) as bytes of several prompts at once, with the model's own defaults."""
+    spec = model.transformer.spec
+    encoded = [model.text.encode(prompt, length=spec.t5_length) for prompt in prompts]
+    together = EncodedPrompt(torch.cat([e.tokens for e in encoded]), torch.cat([e.pooled for e in encoded]))
+    noise = draw_noise((spec.latent_channels, CELLS, CELLS), [seed + i for i in range(len(prompts))])
+    sigmas = plan_sigmas(spec, Settings(prompt=""), (SIDE // 16) ** 2)
+    return decode(model, denoise(model.transformer, together, noise, sigmas, guidance=spec.guidance))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the rates as a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prompts", description=__doc__)
+    parser.add_argument("--model", choices=sorted(MODELS), action="append")
+    parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--sheet", type=Path, help="write the first pictures as a contact sheet to this PNG")
+    parser.add_argument("--faults", action="store_true", help="list what was wrong")
+    options = parser.parse_args(arguments)
+    for name in options.model or sorted(MODELS):
+        report = measure(name, options.count, keep=32 if options.sheet else 0)
+        sys.stdout.write(f"## {name}: {options.count} prompts, {report.seconds:.0f} s\n\n{report.tally.table()}\n\n")
+        for fault in report.faults[: None if options.faults else FAULTS_SHOWN]:
+            sys.stdout.write(f"- {fault}\n")
+        if options.sheet:
+            _write_sheet(report.pictures, options.sheet.with_stem(f"{options.sheet.stem}-{name}"))
+    return 0
+
+
+def _write_sheet(pictures: list[Tensor], path: Path, columns: int = 8) -> None:
+    from PIL import Image
+
+    rows = [torch.cat(pictures[i : i + columns], dim=1) for i in range(0, len(pictures), columns)]
+    whole = torch.cat([row for row in rows if row.shape == rows[0].shape])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(whole.numpy()).save(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The stages that make the embedded model, in order, each resumable, and the installing of what they made."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..models.autoencoder import Autoencoder
+from ..models.flux1 import Flux1
+from ..models.text.clip import ClipText
+from ..models.text.t5 import T5Encoder
+from ..specs.autoencoder import MINI as MINI_AUTOENCODER
+from ..specs.flux1 import MINI, MINI_SCHNELL
+from ..specs.text import CLIP_MINI, T5_MINI
+from ..training.checkpoints import load_checkpoint, save_checkpoint
+from ..weights.readers.tokenizer import read_clip_tokenizer, read_t5_tokenizer
+from .dataset import LatentSet, build_latent_set
+from .files import FOLDER
+from .language import random_request
+from .scenes import draw, lay_out
+from .tokenizer import build_tokenizer
+from .train_autoencoder import AutoencoderRecipe, pixels_from_bytes, psnr_on_fresh_scenes, train_autoencoder
+from .train_flow import FlowRecipe, TextEncoders, train_base, train_guided, train_schnell
+from .train_text import TextRecipe, train_text_encoders
+
+__all__ = ["STAGES", "Builder", "preview_factors"]
+
+STAGES = ("tokenizer", "autoencoder", "text", "latents", "base", "guided", "schnell")
+
+AUTOENCODER = AutoencoderRecipe(joint_steps=1000, decoder_steps=4000)
+TEXT = TextRecipe(steps=900)
+NATIVE_SCENES, OTHER_SCENES = 30_000, 700
+BASE = {"steps": 3200, "decay": 1000, "batch": 96, "learning_rate": 2e-3}
+GUIDED = {"steps": 400, "decay": 300, "batch": 96, "learning_rate": 5e-4}
+SCHNELL = {"steps": 700, "decay": 500, "batch": 96, "learning_rate": 7e-4}
+
+LICENCE = "Apache-2.0"
+PREVIEW_SCENES = 64
+PREVIEW_KEY = "preview"
+
+
+class Builder:
+    """Runs stages in a folder of checkpoints.
+
+    Args:
+        folder: Where checkpoints, latents and finished parts go.
+        seed: Of everything drawn.
+        device: Where training runs.
+        compiled: Whether to compile the transformer's training step.
+        report: Told in a line what happens.
+    """
+
+    def __init__(self, folder: Path, seed: int, device: str, *, compiled: bool, report: Callable[[str], None]) -> None:
+        self.folder, self.seed, self.device, self.compiled, self.report = folder, seed, device, compiled, report
+
+    def run(self, stage: str) -> None:
+        """Run one stage, from its checkpoint if there is one."""
+        getattr(self, f"_{stage}")()
+
+    def install(self, target: Path = FOLDER) -> None:
+        """Write the finished parts in the layout of real files: bf16, the autoencoder fp16."""
+        preview = preview_factors(self.autoencoder())
+        parts: dict[str, tuple[dict[str, Tensor], torch.dtype, dict[str, str]]] = {
+            "ae": (self._averaged("ae"), torch.float16, {PREVIEW_KEY: json.dumps(preview)}),
+            "t5": (self._plain("t5"), torch.bfloat16, {}),
+            "clip": (self._plain("clip"), torch.bfloat16, {}),
+            "flux1-mini": (self._averaged("guided"), torch.bfloat16, {"modelspec.title": MINI.title}),
+            "flux1-mini-schnell": (self._averaged("schnell"), torch.bfloat16, {"modelspec.title": MINI_SCHNELL.title}),
+        }
+        for name, (tensors, dtype, extra) in parts.items():
+            path = target / f"{name}.safetensors"
+            ready = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+            save_file(ready, path, metadata={"format": "pt", "license": LICENCE, **extra})
+            path.chmod(0o644)
+            self.report(f"installed {path.name}: {path.stat().st_size / 1e6:.2f} MB")
+
+    def _tokenizer(self) -> None:
+        build_tokenizer(FOLDER / "tokenizer.json")
+
+    def _autoencoder(self) -> None:
+        model = train_autoencoder(self._path("ae"), AUTOENCODER, seed=self.seed, device=self.device, report=self.report)
+        self.report(f"autoencoder: {psnr_on_fresh_scenes(model):.2f} dB on fresh scenes")
+
+    def _text(self) -> None:
+        if self._path("t5").exists() and self._path("clip").exists():
+            return
+        t5, clip = train_text_encoders(FOLDER / "tokenizer.json", TEXT, seed=self.seed, report=self.report)
+        save_checkpoint(self._path("t5"), t5.state_dict())
+        save_checkpoint(self._path("clip"), clip.state_dict())
+
+    def _latents(self) -> LatentSet:
+        return build_latent_set(
+            self.folder / "latents",
+            self.autoencoder(),
+            native=NATIVE_SCENES,
+            others=OTHER_SCENES,
+            seed=self.seed,
+            report=self.report,
+        )
+
+    def _base(self) -> None:
+        recipe = FlowRecipe(**BASE, compile=self.compiled)  # type: ignore[arg-type]
+        train_base(
+            self.folder, self._latents(), self.encoders(), recipe,
+            seed=self.seed, device=self.device, report=self.report,
+        )  # fmt: skip
+
+    def _guided(self) -> None:
+        recipe = FlowRecipe(**GUIDED, compile=self.compiled)  # type: ignore[arg-type]
+        train_guided(
+            self.folder, self.transformer("base"), self._latents(), self.encoders(), recipe,
+            seed=self.seed, device=self.device, report=self.report,
+        )  # fmt: skip
+
+    def _schnell(self) -> None:
+        recipe = FlowRecipe(**SCHNELL, compile=self.compiled)  # type: ignore[arg-type]
+        train_schnell(
+            self.folder, self.transformer("guided"), self._latents(), self.encoders(), recipe,
+            seed=self.seed, device=self.device, report=self.report,
+        )  # fmt: skip
+
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder as far as it is trained."""
+        model = Autoencoder(MINI_AUTOENCODER)
+        model.load_state_dict(self._averaged("ae"))
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        return model.eval()
+
+    def encoders(self) -> TextEncoders:
+        """The trained text encoders with the tokenizer."""
+        t5, clip = T5Encoder(T5_MINI), ClipText(CLIP_MINI)
+        t5.load_state_dict(self._plain("t5"))
+        clip.load_state_dict(self._plain("clip"))
+        tokenizer = FOLDER / "tokenizer.json"
+        return TextEncoders(
+            t5.eval().to(self.device),
+            clip.eval().to(self.device),
+            read_t5_tokenizer(tokenizer, T5_MINI),
+            read_clip_tokenizer(tokenizer, CLIP_MINI),
+        )
+
+    def transformer(self, stage: str) -> Flux1:
+        """A stage's transformer with its averaged weights."""
+        model = Flux1(MINI_SCHNELL if stage == "schnell" else MINI)
+        model.load_state_dict(self._averaged(stage))
+        return model.eval().to(self.device)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _averaged(self, name: str) -> dict[str, Tensor]:
+        prefix = "average."
+        return {k[len(prefix) :]: v for k, v in self._plain(name).items() if k.startswith(prefix)}
+
+    def _plain(self, name: str) -> dict[str, Tensor]:
+        return load_checkpoint(self._path(name))[0]
+
+
+@torch.inference_mode()
+def preview_factors(autoencoder: Autoencoder) -> dict[str, list[list[float]] | list[float]]:
+    """The linear map from a latent cell to its mean colour, fitted on scenes.
+
+    Returns:
+        ``factors`` (C rows of red, green, blue) and ``bias`` (red, green, blue), for latents in the transformer's
+        space and colours in -1..1, as ComfyUI's latent previews take them.
+    """
+    rng = random.Random("preview")
+    pictures = [pixels_from_bytes(draw(lay_out(random_request(rng), rng))) for _ in range(PREVIEW_SCENES)]
+    pixels = torch.stack(pictures)
+    latents = autoencoder.encode(pixels).permute(0, 2, 3, 1).flatten(0, 2)
+    colours = torch.nn.functional.avg_pool2d(pixels, autoencoder.spec.downscale).permute(0, 2, 3, 1).flatten(0, 2)
+    ones = torch.ones(len(latents), 1)
+    solution = torch.linalg.lstsq(torch.cat((latents, ones), dim=1), colours).solution
+    return {"factors": solution[:-1].tolist(), "bias": solution[-1].tolist()}

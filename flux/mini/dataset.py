@@ -1,0 +1,82 @@
+"""Latents of many scenes, encoded once, with the requests that they answer.
+
+A scene is a function of the data set's seed and its number, so only latents are stored; requests are drawn again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models.autoencoder import Autoencoder
+from ..training.checkpoints import load_checkpoint, save_checkpoint
+from .language import Request, random_request
+from .scenes import draw, lay_out
+from .train_autoencoder import pixels_from_bytes
+
+__all__ = ["CANVASES", "LatentSet", "build_latent_set", "request_of"]
+
+NATIVE = (128, 128)
+OTHERS = ((96, 96), (128, 96), (96, 128), (160, 128), (128, 160), (192, 128), (128, 192), (160, 160), (192, 192))
+CANVASES = (NATIVE, *OTHERS)
+ENCODE_BATCH = 32
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Scaled latents by canvas size: (N, C, h, w) in half precision, and the request of each."""
+
+    latents: dict[tuple[int, int], Tensor]
+    requests: dict[tuple[int, int], list[Request]]
+
+
+def request_of(seed: int, canvas: tuple[int, int], index: int) -> tuple[Request, random.Random]:
+    """The request of one scene, and the random state that lays it out."""
+    rng = random.Random(f"scene/{seed}/{canvas}/{index}")
+    return random_request(rng), rng
+
+
+def build_latent_set(
+    folder: Path,
+    autoencoder: Autoencoder,
+    *,
+    native: int,
+    others: int,
+    seed: int = 0,
+    report: Callable[[str], None],
+) -> LatentSet:
+    """Encode ``native`` scenes of 128x128 and ``others`` of each further size.
+
+    A size whose file is already in ``folder`` is taken as it is.
+    """
+    latents, requests = {}, {}
+    for canvas in CANVASES:
+        count = native if canvas == NATIVE else others
+        path = folder / f"latents-{canvas[0]}x{canvas[1]}.safetensors"
+        if path.exists():
+            tensors, _ = load_checkpoint(path)
+            latents[canvas] = tensors["latents"]
+        else:
+            latents[canvas] = _encode_scenes(autoencoder, canvas, count, seed)
+            save_checkpoint(path, {"latents": latents[canvas]})
+        requests[canvas] = [request_of(seed, canvas, i)[0] for i in range(len(latents[canvas]))]
+        report(f"latents: {len(latents[canvas])} scenes of {canvas[0]}x{canvas[1]}")
+    return LatentSet(latents, requests)
+
+
+@torch.inference_mode()
+def _encode_scenes(autoencoder: Autoencoder, canvas: tuple[int, int], count: int, seed: int) -> Tensor:
+    batches = []
+    for start in range(0, count, ENCODE_BATCH):
+        pictures = []
+        for index in range(start, min(count, start + ENCODE_BATCH)):
+            request, rng = request_of(seed, canvas, index)
+            pictures.append(pixels_from_bytes(draw(lay_out(request, rng, *canvas))))
+        pixels = torch.stack(pictures).contiguous(memory_format=torch.channels_last)
+        batches.append(autoencoder.encode(pixels).half())
+    return torch.cat(batches)

@@ -1,0 +1,294 @@
+"""Train Foundry Mini's transformers: a base model, then the two that ship.
+
+1. ``base``: flow matching on latents, one prompt in ten empty, so that classifier-free guidance works.
+2. ``guided``: the base distilled to give in one pass what guidance gives in two, for any strength (guidance
+   distillation, Meng et al. 2023); this is ``flux1-mini``.
+3. ``schnell``: the guided model's trajectories cut into four straight pieces (progressive distillation, Salimans and Ho
+   2022, to a fixed grid); this is ``flux1-mini-schnell``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.flux1 import Flux1
+from ..models.text.clip import ClipText
+from ..models.text.t5 import T5Encoder
+from ..ops.dtypes import fast_dtype
+from ..sampling.packing import pack, unpack
+from ..sampling.schedules import make_schedule
+from ..specs.flux1 import MINI, MINI_SCHNELL
+from ..training.checkpoints import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from ..training.ema import Ema
+from ..training.flow import TextBatch, flow_targets, predict_velocity, sample_times
+from ..training.muon import Muon, split_parameters
+from ..weights.readers.tokenizer import ClipTokenizer, T5Tokenizer
+from .dataset import NATIVE, LatentSet
+from .language import phrase, text_of
+
+__all__ = ["FlowRecipe", "TextEncoders", "train_base", "train_guided", "train_schnell"]
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[str], None]
+
+EMPTY_SHARE = 0.1
+OTHER_SIZES_SHARE = 0.12  # of the steps, on a size other than the native one
+GRADIENT_NORM = 1.0
+TIME_MEAN, TIME_DEVIATION = 0.4, 1.1  # of the logit-normal times: a little towards noise, where the layout is decided
+GUIDANCE_RANGE = (1.0, 6.0)
+SCHNELL_GUIDANCE = 3.0
+SCHNELL_SUBSTEPS = 4  # teacher steps for each of the student's
+SCHNELL_STEPS = 4
+EMA_DECAY = 0.999
+WARM_UP = 100
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRecipe:
+    """Numbers of one stage: steps, of which the last ``decay`` lower the learning rate linearly to nothing."""
+
+    steps: int
+    decay: int
+    batch: int = 96
+    learning_rate: float = 2e-3
+    save_every: int = 200
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """Frozen encoders with their tokenizers."""
+
+    t5: T5Encoder
+    clip: ClipText
+    t5_tokenizer: T5Tokenizer
+    clip_tokenizer: ClipTokenizer
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> TextBatch:
+        """Encode prompts, all to the T5 spec's length."""
+        device = next(self.t5.parameters()).device
+        t5_ids = torch.tensor([self.t5_tokenizer(p).ids for p in prompts], device=device)
+        clip_ids = torch.tensor([self.clip_tokenizer(p).ids for p in prompts], device=device)
+        compute = fast_dtype(device)
+        with torch.autocast(device.type, compute, enabled=compute != torch.float32):
+            tokens, pooled = self.t5(t5_ids), self.clip(clip_ids)[1]
+        return TextBatch(tokens.float(), pooled.float())
+
+
+class Batches:
+    """Endless training batches: latents, encoded prompts, and the encoding of the empty prompt."""
+
+    def __init__(self, data: LatentSet, encoders: TextEncoders, size: int, seed: str) -> None:
+        self.data, self.encoders, self.size, self.seed = data, encoders, size, seed
+        self.empty = encoders.encode([""])
+
+    def at(self, step: int) -> tuple[Tensor, TextBatch, random.Random]:
+        """The batch of one step, a function of seed and step: a resumed run goes on as it would have."""
+        rng = random.Random(f"{self.seed}/{step}")
+        canvas = (
+            NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice([c for c in self.data.latents if c != NATIVE])
+        )
+        pool = self.data.latents[canvas]
+        picks = [rng.randrange(len(pool)) for _ in range(self.size)]
+        prompts = [text_of(phrase(self.data.requests[canvas][i], rng)) for i in picks]
+        return pool[picks].float().to(self.empty.tokens.device), self.encoders.encode(prompts), rng
+
+    def empty_batch(self, count: int) -> TextBatch:
+        """The empty prompt, ``count`` times."""
+        return TextBatch(self.empty.tokens.expand(count, -1, -1), self.empty.pooled.expand(count, -1))
+
+
+def train_base(
+    folder: Path, data: LatentSet, encoders: TextEncoders, recipe: FlowRecipe, *, seed: int, device: str, report: Report
+) -> Flux1:
+    """Stage 1. Returns the model with averaged weights."""
+    torch.manual_seed(seed)
+    model = Flux1(MINI).to(device)
+    initialise(model)
+    batches = Batches(data, encoders, recipe.batch, f"base/{seed}")
+    velocity = _compiled(model, recipe)
+
+    def loss(step: int) -> Tensor:
+        latents, text, rng = batches.at(step)
+        drop = torch.tensor([rng.random() < EMPTY_SHARE for _ in range(len(latents))], device=device)
+        text = text.select(drop, batches.empty)
+        times = sample_times(len(latents), mean=TIME_MEAN, deviation=TIME_DEVIATION).to(device)
+        noisy, target = flow_targets(latents, torch.randn_like(latents), times)
+        return F.mse_loss(velocity(noisy, times, text, None).float(), pack(target))
+
+    return _run("base", model, loss, folder / "base.safetensors", recipe, seed, report)
+
+
+def train_guided(
+    folder: Path,
+    base: Flux1,
+    data: LatentSet,
+    encoders: TextEncoders,
+    recipe: FlowRecipe,
+    *,
+    seed: int,
+    device: str,
+    report: Report,
+) -> Flux1:
+    """Stage 2: a copy of ``base`` learns guidance as an input."""
+    model = Flux1(MINI).to(device)
+    model.load_state_dict(base.state_dict())
+    batches = Batches(data, encoders, recipe.batch, f"guided/{seed}")
+    teach, learn = _compiled(base.requires_grad_(False), recipe), _compiled(model, recipe)
+
+    def loss(step: int) -> Tensor:
+        latents, text, rng = batches.at(step)
+        count = len(latents)
+        times = sample_times(count, mean=TIME_MEAN, deviation=TIME_DEVIATION).to(device)
+        noisy, _ = flow_targets(latents, torch.randn_like(latents), times)
+        guidance = torch.tensor([rng.uniform(*GUIDANCE_RANGE) for _ in range(count)], device=device)
+        with torch.no_grad():
+            positive = teach(noisy, times, text, None).float()
+            negative = teach(noisy, times, batches.empty_batch(count), None).float()
+            target = negative + guidance[:, None, None] * (positive - negative)
+        return F.mse_loss(learn(noisy, times, text, guidance).float(), target)
+
+    return _run("guided", model, loss, folder / "guided.safetensors", recipe, seed, report)
+
+
+def train_schnell(
+    folder: Path,
+    guided: Flux1,
+    data: LatentSet,
+    encoders: TextEncoders,
+    recipe: FlowRecipe,
+    *,
+    seed: int,
+    device: str,
+    report: Report,
+) -> Flux1:
+    """Stage 3: each of four steps learns to go where the guided model arrives in several."""
+    model = Flux1(MINI_SCHNELL).to(device)
+    own = model.state_dict()
+    model.load_state_dict({k: v for k, v in guided.state_dict().items() if k in own})
+    batches = Batches(data, encoders, recipe.batch, f"schnell/{seed}")
+    teach, learn = _compiled(guided.requires_grad_(False), recipe), _compiled(model, recipe)
+    grid = make_schedule("linear", SCHNELL_STEPS, None)
+
+    def loss(step: int) -> Tensor:
+        latents, text, rng = batches.at(step)
+        count, (height, width) = len(latents), latents.shape[-2:]
+        guidance = torch.full((count,), SCHNELL_GUIDANCE, device=device)
+        noise = torch.randn_like(latents)
+        x = noise
+        # The student meets its own states, not only data with noise: it walks to the step that it is taught.
+        index = rng.choices(range(SCHNELL_STEPS), weights=(4, 3, 2, 2))[0]
+        with torch.no_grad():
+            for i in range(index):
+                times = torch.full((count,), grid[i], device=device)
+                x = x + (grid[i + 1] - grid[i]) * unpack(learn(x, times, text, None).float(), height, width)
+            start, end = grid[index], grid[index + 1]
+            y = x
+            for k in range(SCHNELL_SUBSTEPS):
+                t = start + (end - start) * k / SCHNELL_SUBSTEPS
+                times = torch.full((count,), t, device=device)
+                y = y + (end - start) / SCHNELL_SUBSTEPS * unpack(
+                    teach(y, times, text, guidance).float(), height, width
+                )
+            target = pack((y - x) / (end - start))
+        return F.mse_loss(learn(x, torch.full((count,), start, device=device), text, None).float(), target)
+
+    return _run("schnell", model, loss, folder / "schnell.safetensors", recipe, seed, report)
+
+
+def initialise(model: Flux1) -> None:
+    """Modulation, the guidance input and the output start at zero, so that the network starts as nothing but skips."""
+    quiet = [*model.modulation_layers().values(), model.final_layer.linear]
+    if model.guidance_in is not None:
+        quiet.append(model.guidance_in.out_layer)
+    for layer in quiet:
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+
+
+def _compiled(model: Flux1, recipe: FlowRecipe) -> Callable[[Tensor, Tensor, TextBatch, Tensor | None], Tensor]:
+    """The velocity in mixed precision, compiled for the native size where the recipe says so."""
+    compute = fast_dtype(next(model.parameters()).device)
+    fast = torch.compile(predict_velocity, dynamic=False) if recipe.compile else predict_velocity
+    native = (NATIVE[1] // 8, NATIVE[0] // 8)
+
+    def velocity(noisy: Tensor, times: Tensor, text: TextBatch, guidance: Tensor | None) -> Tensor:
+        run = fast if noisy.shape[-2:] == native else predict_velocity
+        with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
+            return run(model, noisy, times, text, guidance)
+
+    return velocity
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """The blocks' matrices, modulation apart."""
+    return "_blocks." in name and parameter.ndim == 2 and "mod" not in name
+
+
+def _run(
+    stage: str,
+    model: Flux1,
+    loss_of: Callable[[int], Tensor],
+    path: Path,
+    recipe: FlowRecipe,
+    seed: int,
+    report: Report,
+) -> Flux1:
+    """The loop that all stages share: resume, step, average, save."""
+    optimizer = Muon(split_parameters(model, _is_matrix), recipe.learning_rate, weight_decay=WEIGHT_DECAY)
+    average = Ema(model, EMA_DECAY)
+    start = 0
+    if path.exists():
+        tensors, meta = load_checkpoint(path)
+        start = int(meta["step"])
+        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
+        unpack_optimizer(optimizer, tensors, "optimizer.")
+        report(f"{stage}: resumed at step {start}")
+    began, recent = time.monotonic(), 0.0
+    for step in range(start, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _rate(step, recipe)
+        torch.manual_seed(seed * 1_000_003 + step)
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+        optimizer.step()
+        average.update(model)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{stage}: the loss is {value} at step {step}; lower the learning rate")
+        done = step + 1
+        recent = value if recent == 0.0 else 0.95 * recent + 0.05 * value
+        if done % 20 == 0:
+            speed = (done - start) * recipe.batch / (time.monotonic() - began)
+            report(f"{stage} {done}/{recipe.steps}: loss {recent:.4f}, {speed:.0f} samples/s")
+        if done % recipe.save_every == 0 or done == recipe.steps:
+            save_checkpoint(
+                path,
+                {f"model.{k}": v for k, v in model.state_dict().items()}
+                | {f"average.{k}": v for k, v in average.weights.items()}
+                | pack_optimizer(optimizer, "optimizer."),
+                {"step": done, "stage": stage},
+            )
+    average.copy_to(model)
+    return model.eval()
+
+
+def _rate(step: int, recipe: FlowRecipe) -> float:
+    """Warm-up, plateau, linear descent (so that a run can be lengthened before its descent begins)."""
+    return min(1.0, (step + 1) / WARM_UP, (recipe.steps - step) / max(1, recipe.decay))

@@ -1,0 +1,197 @@
+"""A safetensors file's header: what is in the file, known without torch and without reading a tensor.
+
+The header is checked against the file's size before anything is read, so that a damaged file is refused by name and
+never costs memory. Layout: 8 bytes of header length (little endian), the header as JSON, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import FileError, MissingFileError
+
+__all__ = ["ITEM_BITS", "SafetensorsHeader", "TensorEntry"]
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_RANK = 8
+METADATA = "__metadata__"
+PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pt2"})
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare pickles
+OTHER_STARTS = (  # what people have in place of a model, by a file's first bytes
+    (b"GGUF", "is a GGUF file, which this version does not read yet; choose the model's .safetensors release"),
+    (b"version ", "is a Git LFS pointer, not the model itself; fetch it with `git lfs pull`, or download it again"),
+    (b"<!DOCTYP", "is a web page, not a model; the download needed a login or a licence to be accepted first"),
+    (b"<!doctyp", "is a web page, not a model; the download needed a login or a licence to be accepted first"),
+    (b"<html", "is a web page, not a model; the download needed a login or a licence to be accepted first"),
+)
+
+BYTE = 8
+ITEM_BITS: dict[str, int] = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: its format's name, shape, and bytes from ``start`` to ``end`` after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsHeader(Mapping[str, TensorEntry]):
+    """The entries of a file by name.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        metadata: The header's own texts.
+        data_start: Where in the file the tensors begin, in bytes.
+
+    Raises:
+        MissingFileError: There is no such file.
+        FileError: It is not a whole safetensors file, or cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries, self.metadata, self.data_start = _read(path)
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.end - entry.start for entry in self._entries.values())
+
+
+def _read(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; name a .safetensors file in it")
+    if not path.is_file():
+        raise MissingFileError(f"{path} was not found; check the name and the folder")
+    try:
+        raw, size = _read_raw(path)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from error
+    header, metadata = _parse(path, raw)
+    start = LENGTH_BYTES + len(raw)
+    entries = {name: _entry(path, name, value, size - start) for name, value in header.items()}
+    _check_overlap(path, entries)
+    return entries, metadata, start
+
+
+def _read_raw(path: Path) -> tuple[bytes, int]:
+    """The header's bytes, and the file's size."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(LENGTH_BYTES)
+        _check_start(path, head, size)
+        length = int.from_bytes(head, "little")
+        if len(head) < LENGTH_BYTES or not 2 <= length <= MAX_HEADER_BYTES:
+            raise FileError(f"{path.name} ({size} bytes) is not a safetensors file; choose a .safetensors model file")
+        if LENGTH_BYTES + length > size:
+            raise FileError(
+                f"{path.name} is cut off or not a safetensors file: its header claims {length} bytes, the file has "
+                f"{size}; download it again"
+            )
+        return file.read(length), size
+
+
+def _check_start(path: Path, head: bytes, size: int) -> None:
+    """Name what is not a safetensors file by its suffix or first bytes."""
+    if size == 0:
+        raise FileError(f"{path.name} is empty (0 bytes); download it again")
+    if path.suffix.lower() in PICKLE_SUFFIXES or head.startswith(PICKLE_STARTS):
+        raise FileError(
+            f"{path.name} is a pickle file, which can run code when it is opened, so it is refused; "
+            "use the model's .safetensors release"
+        )
+    for start, what in OTHER_STARTS:
+        if head.startswith(start):
+            raise FileError(f"{path.name} {what}")
+
+
+def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The header's tensors and its metadata, as JSON has them."""
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FileError(
+            f"{path.name} is damaged or not a safetensors file: its header is not JSON ({error}); download it again"
+        ) from error
+    if not isinstance(header, dict):
+        raise FileError(
+            f"{path.name} is damaged or not a safetensors file: its header is not a table of tensors; download it again"
+        )
+    metadata = header.pop(METADATA, None) or {}
+    if not isinstance(metadata, dict):
+        raise FileError(f"{path.name} is damaged: the header's metadata is not a table; download it again")
+    return header, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands twice in it")
+    return table
+
+
+def _entry(path: Path, name: str, value: object, room: int) -> TensorEntry:
+    """Check one header entry against the room that the file has for tensors."""
+    entry = _parsed_entry(value)
+    if entry is None:
+        raise FileError(f"{path.name}: the entry of tensor {name!r} is damaged; download the file again")
+    if not entry.start <= entry.end <= room:
+        raise FileError(
+            f"{path.name} is cut off: tensor {name!r} ends at byte {entry.end} of {room}; download the file again"
+        )
+    bits = ITEM_BITS.get(entry.dtype)
+    length = entry.end - entry.start
+    if bits is not None and math.prod(entry.shape) * bits != length * BYTE:
+        raise FileError(
+            f"{path.name}: tensor {name!r} has {length} bytes, which does not fit shape {list(entry.shape)} of "
+            f"{entry.dtype}; download the file again"
+        )
+    return entry
+
+
+def _parsed_entry(value: object) -> TensorEntry | None:
+    """The entry, or None where it is not one."""
+    if not isinstance(value, dict):
+        return None
+    dtype, shape, span = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(span, list)):
+        return None
+    if len(span) != 2 or len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in (*shape, *span)):
+        return None
+    return TensorEntry(dtype, tuple(shape), span[0], span[1])
+
+
+def _check_overlap(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    last_end, last_name = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start < last_end:
+            raise FileError(f"{path.name}: tensors {last_name!r} and {name!r} overlap; download the file again")
+        last_end, last_name = entry.end, name
