@@ -255,18 +255,30 @@ class SingleBlock(nn.Module):
     def __init__(self, spec: Flux1Spec, layers: Layers) -> None:
         super().__init__()
         self.heads = spec.heads
-        self.widths = (3 * spec.hidden, spec.mlp_width)
+        self.hidden = spec.hidden
         self.modulation = ModulationLayer(spec.hidden, 3, layers)
-        self.linear1 = layers.Linear(spec.hidden, sum(self.widths))
+        self.linear1 = layers.Linear(spec.hidden, 3 * spec.hidden + spec.mlp_width)
         self.linear2 = layers.Linear(spec.hidden + spec.mlp_width, spec.hidden)
         self.norm = QueryKeyNorm(spec.hidden // spec.heads)
 
     def forward(self, x: Tensor, rotation: Tensor, modulation: Tensor) -> Tensor:
         shift, scale, gate = per_token(modulation, 3)
-        qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.norm, self.heads)
-        mixed = merge_heads(attention(apply_rope(q, rotation), apply_rope(k, rotation), v))
-        return torch.addcmul(x, gate, self.linear2(torch.cat((mixed, F.gelu(mlp, approximate="tanh")), dim=-1)))
+        fused = self.linear1(modulated_norm(x, shift, scale))
+        q, k, v = split_heads(fused[..., : 3 * self.hidden], self.norm, self.heads)
+        mixed = attention(apply_rope(q, rotation), apply_rope(k, rotation), v)
+        joined = self._join(mixed, fused) if torch.is_grad_enabled() else self._join_in_place(mixed, fused)
+        return torch.addcmul(x, gate, self.linear2(joined))
+
+    def _join(self, mixed: Tensor, fused: Tensor) -> Tensor:
+        """Input (B, L, h + 4h) of the second layer: attention's result beside the activated feed-forward."""
+        return torch.cat((merge_heads(mixed), F.gelu(fused[..., 3 * self.hidden :], approximate="tanh")), dim=-1)
+
+    def _join_in_place(self, mixed: Tensor, fused: Tensor) -> Tensor:
+        """The same without a copy: in ``fused`` the values lie just before the feed-forward, and are used up."""
+        joined = fused[..., 2 * self.hidden :]
+        joined[..., : self.hidden].unflatten(-1, (self.heads, -1)).copy_(mixed.transpose(1, 2))  # type: ignore[no-untyped-call]
+        torch.ops.aten.gelu_(joined[..., self.hidden :], approximate="tanh")
+        return joined
 
 
 class FinalLayer(nn.Module):

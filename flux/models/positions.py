@@ -47,7 +47,7 @@ def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
         cos, sin = rotation.real, rotation.imag
         even, odd = as_pairs(x).unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(as_pairs(x).contiguous())
+    pairs = torch.view_as_complex(as_pairs(x))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
