@@ -2,6 +2,9 @@
 
 All lengths are in pixels. Objects have the size they have on a 128-pixel canvas, and shrink on smaller ones, so that a
 larger canvas shows the same objects with more room.
+
+Centres and letter cells lie on a lattice of 8 pixels, the autoencoder's cell, and each size class has one radius. Both
+keep the number of different edge patterns small, so that a few million parameters can draw all of them crisply.
 """
 
 from __future__ import annotations
@@ -35,14 +38,15 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
 }
 
-# Radii at the native side. A lone object may be bigger than one of several.
+LATTICE = 8
+# Radii at the native side. A lone object is bigger than one of several.
 RADII = {
-    True: {"small": (11.0, 14.0), "large": (24.0, 30.0)},
-    False: {"small": (9.5, 11.5), "large": (16.0, 19.0)},
+    True: {"small": 12.0, "large": 26.0},
+    False: {"small": 10.0, "large": 18.0},
 }
 MARGIN = 3.0  # from an object to the canvas's edge, and between two objects
 SIDE = (0.16, 0.26)  # where "left" and "top" put a centre, as a fraction of the side
-MIDDLE = (0.44, 0.56)
+MIDDLE = (0.43, 0.57)
 RELATED_GAP = 0.24  # least distance of related objects along their axis, as a fraction of the side
 RELATED_SLOPE = 0.5  # most distance across it, as a fraction of the one along it
 
@@ -50,9 +54,10 @@ LETTER_CELL = 24.0  # advance from letter to letter
 LETTER_HEIGHT = 28.0
 LETTER_WIDTH = 19.0
 LETTER_STROKE = 4.5
-SIGN_JITTER = 5.0
-SIGN_MARGIN = 3.0
+SIGN_JITTER = 12.0
+SIGN_MARGIN = 2.0
 PLACING_TRIES = 60
+CROWDED_SHRINK = 0.85  # for canvases that have no room for the full size
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ def lay_out(request: Request, rng: random.Random, width: int = NATIVE_SIDE, heig
     wanted = [o for o in request.objects for _ in range(o.count)]
     sizes = {o: o.size or rng.choice(("small", "large")) for o in request.objects}
     for attempt in range(PLACING_TRIES):
-        shrink = 1.0 if attempt < PLACING_TRIES // 2 else 0.9  # crowded canvases take the smaller end
-        radii = [_radius(sizes[o], len(wanted) == 1, rng) * scale * shrink for o in wanted]
+        shrink = 1.0 if attempt < PLACING_TRIES // 2 else CROWDED_SHRINK
+        radii = [RADII[len(wanted) == 1][sizes[o]] * scale * shrink for o in wanted]
         centres = _place(wanted, radii, request.relation, rng, width, height)
         if centres is not None:
             items = tuple(Item(o.shape, o.colour, x, y, r) for o, (x, y), r in zip(wanted, centres, radii, strict=True))
@@ -121,10 +126,6 @@ def _free_background(taken: list[str], rng: random.Random) -> str:
     if rng.random() < 0.25:
         return rng.choice([c for c in COLOURS if c not in taken])
     return next(c for c in ("white", "black", "blue", "yellow", "red") if c not in taken)
-
-
-def _radius(size: str, alone: bool, rng: random.Random) -> float:
-    return rng.uniform(*RADII[alone][size])
 
 
 def _place(
@@ -149,12 +150,18 @@ def _centre(position: str | None, radius: float, rng: random.Random, width: int,
         "center": (MIDDLE, MIDDLE),
     }[position]
     x, y = (
-        min(max(rng.uniform(low * side, high * side), edge), side - edge)
-        if position
-        else rng.uniform(edge, side - edge)
+        _on_lattice(rng.uniform(low * side, high * side), edge, side - edge)
         for (low, high), side in zip(along, (width, height), strict=True)
     )
     return x, y
+
+
+def _on_lattice(value: float, lowest: float, highest: float) -> float:
+    """The lattice point nearest to ``value`` between two bounds; midway between them if there is none."""
+    first, last = math.ceil(lowest / LATTICE), math.floor(highest / LATTICE)
+    if first > last:
+        return (lowest + highest) / 2
+    return float(LATTICE * min(max(math.floor(value / LATTICE + 0.5), first), last))
 
 
 def _apart(centres: list[tuple[float, float]], radii: list[float]) -> bool:
@@ -182,9 +189,9 @@ def _lay_out_sign(request: Request, rng: random.Random, width: int, height: int,
         colour = rng.choice([c for c in COLOURS if c != request.background])
     background = request.background or _free_background([colour], rng)
     half_width = len(word) * LETTER_CELL * scale / 2
-    reach_x = max(0.0, min(SIGN_JITTER, width / 2 - half_width - SIGN_MARGIN))
-    x = width / 2 + rng.uniform(-reach_x, reach_x)
-    y = height / 2 + rng.uniform(-SIGN_JITTER, SIGN_JITTER)
+    middle = width / 2 - half_width + rng.uniform(-SIGN_JITTER, SIGN_JITTER)
+    x = half_width + _on_lattice(middle, SIGN_MARGIN, width - 2 * half_width - SIGN_MARGIN)
+    y = _on_lattice(height / 2 + rng.uniform(-SIGN_JITTER, SIGN_JITTER), 0, height)
     return Scene(width, height, background, sign=Sign(word, colour, x, y, scale))
 
 

@@ -2,8 +2,8 @@
 
 Two phases. First encoder and decoder together: L1 + L2 on random crops, a little noise on the latents so that the
 decoder forgives the transformer's errors, and a pull of every latent channel towards mean 0 and variance 1 in the
-transformer's space, so that FLUX.1's fixed scale and shift fit. Then the decoder alone, on a frozen encoder, so that
-latents cached after the first phase stay valid.
+transformer's space, so that FLUX.1's fixed scale and shift fit. Then the latents are evened out, and the decoder goes
+on alone, on a frozen encoder, so that latents cached after the first phase stay valid.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..training.ema import Ema
 from ..training.muon import Muon, split_parameters
 from .language import random_request
 from .scenes import draw, lay_out
+from .whitening import evening_map, fold_map
 
 __all__ = ["AutoencoderRecipe", "pixels_from_bytes", "psnr_on_fresh_scenes", "train_autoencoder"]
 
@@ -40,6 +41,7 @@ SQUARED_WEIGHT = 4.0  # of L2 beside L1
 CANVASES = ((128, 128), (128, 128), (128, 128), (96, 96), (160, 128), (192, 192))
 CROPS_PER_SCENE = 2
 GRADIENT_NORM = 1.0
+EVENING_BATCH, EVENING_BATCHES, EVENING_SIDE = 32, 16, 96  # scenes that the latents' spread is measured on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,8 @@ def train_autoencoder(
         joint = step < recipe.joint_steps
         if step == recipe.joint_steps:
             average.copy_to(model)  # the encoder that stays is the averaged one
+            _even_out(model, seed)
+            average = Ema(model, recipe.ema_decay)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe)
         model.encoder.requires_grad_(joint)
@@ -140,6 +144,14 @@ def train_autoencoder(
             )
     average.copy_to(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _even_out(model: Autoencoder, seed: int) -> None:
+    """Fold the map that evens out the latents into the model; see ``whitening``."""
+    rng = random.Random(f"even/{seed}")
+    batches = [model.encode(crops(rng, EVENING_BATCH, EVENING_SIDE)) for _ in range(EVENING_BATCHES)]
+    fold_map(model, *evening_map(torch.cat(batches)))
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError, UserError
+from ..errors import MismatchError, NumericError, UserError
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
-from ..sampling.noise import draw_noise, image_seeds
+from ..sampling.noise import NOISE_STYLES, draw_noise, image_seeds
 from ..sampling.schedules import check_sigmas, flux1_mu, make_schedule, shorten
+from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from .denoising import Hooks, denoise
 from .parts import Part
 from .prompts import EncodedPrompt, TextEncoders
 
-__all__ = ["FluxModel", "Picture", "Request", "generate", "plan_sigmas", "round_size"]
+__all__ = ["FluxModel", "Picture", "Request", "decode", "generate", "generate_each", "plan_sigmas", "round_size"]
 
 GRID = 16  # pixels that a token covers along each side
 MAX_SIDE = 8192
@@ -37,11 +39,10 @@ class FluxModel:
 
     def __post_init__(self) -> None:
         spec = self.transformer.spec
-        channels = self.autoencoder.spec.latent_channels
-        if channels != spec.latent_channels:
+        if self.autoencoder.spec.name != spec.autoencoder:
             raise MismatchError(
-                f"{self.autoencoder.path.name} has {channels} latent channels, {spec.title} works on "
-                f"{spec.latent_channels}; choose {spec.autoencoder}"
+                f"{self.autoencoder.path.name} is the autoencoder {self.autoencoder.spec.name}, but {spec.title} works "
+                f"with {spec.autoencoder}; choose that one"
             )
         widths = (self.text.t5.spec.width, self.text.clip.spec.width)
         if widths != (spec.context_width, spec.pooled_width):
@@ -114,55 +115,129 @@ def generate(model: FluxModel, request: Request, hooks: Hooks | None = None) -> 
         Cancelled: The hooks said so.
         NumericError: A result was not finite.
     """
+    return list(generate_each(model, request, hooks))
+
+
+def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None) -> Iterator[Picture]:
+    """The pictures of ``generate``, each as soon as it is there.
+
+    ``hooks.progress`` hears of the stages "text", "encoding" (of a picture to start from), "sampling" and "decoding":
+    0 done when one begins, all when it is over.
+    """
     hooks = hooks or Hooks()
     spec = model.transformer.spec
-    warn = hooks.warn or (lambda _: None)
     # 1. Settle every setting.
-    _check(request)
-    width, height = _size(request, model.autoencoder.spec, warn)
-    sigmas = plan_sigmas(spec, request, (width // GRID) * (height // GRID))
-    guidance = request.guidance if request.guidance is not None else spec.guidance
-    if request.guidance is not None and not spec.guidance_embedding:
-        warn(f"{spec.title} has no guidance input: guidance {request.guidance:g} has no effect")
-    cfg = _cfg(request)
-    seeds = image_seeds(request.seed, request.count)
+    plan = _plan(model, request, hooks)
     # 2. Text.
-    positive = model.text.encode(request.prompt, clip_prompt=request.clip_prompt, length=spec.t5_length, warn=warn)
-    negative: EncodedPrompt | None = None
-    if cfg != 1.0:
-        negative = model.text.encode(request.negative or "", length=spec.t5_length, warn=warn)
+    with _stage(hooks, "text"):
+        positive, negative = _encode_prompts(model, request, plan, hooks)
     # 3. The picture to start from.
-    start = _encode_start(model, request, width, height)
-    cells = (height // model.autoencoder.spec.downscale, width // model.autoencoder.spec.downscale)
+    cells = (plan.height // model.autoencoder.spec.downscale, plan.width // model.autoencoder.spec.downscale)
+    start = None
+    if request.image is not None:
+        with _stage(hooks, "encoding"):
+            start = _encode_start(model, request.image, plan)
     mask = None if request.mask is None else _latent_mask(request.mask, cells)
     # 4. Each picture: noise, steps, pixels.
-    pictures = []
-    for index, seed in enumerate(seeds):
+    for index, seed in enumerate(plan.seeds):
         hooks.check()
         noise = draw_noise((spec.latent_channels, *cells), [seed], request.noise)
         latents = None if start is None else start[index % len(start)][None]
         part_mask = None if mask is None else mask[index % len(mask)][None]
-        if len(sigmas) > 1:
+        result = torch.zeros_like(noise) if latents is None else latents
+        if len(plan.sigmas) > 1:
             result = denoise(
-                model.transformer, positive, noise, sigmas, guidance=guidance, negative=negative, cfg=cfg,
-                solver_name=request.solver, latents=latents, mask=part_mask, hooks=hooks,
+                model.transformer, positive, noise, plan.sigmas, guidance=plan.guidance, negative=negative,
+                cfg=plan.cfg, solver_name=request.solver, latents=latents, mask=part_mask, hooks=hooks,
             )  # fmt: skip
-        else:
-            result = latents if latents is not None else torch.zeros_like(noise)
-        pictures.append(
-            Picture(
-                decode(model, result)[0], seed, _settings(request, spec, width, height, guidance, cfg, sigmas, seed)
+        with _stage(hooks, "decoding"):
+            pixels = decode(model, result)[0]
+        yield Picture(pixels, seed, _settings(model, request, plan, seed))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Every setting as it will be used."""
+
+    width: int
+    height: int
+    sigmas: list[float]
+    guidance: float | None
+    cfg: float
+    seeds: list[int]
+
+
+def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
+    spec = model.transformer.spec
+    warn = hooks.warn or (lambda _: None)
+    _check(spec, request)
+    width, height = _size(request, model.autoencoder.spec, warn)
+    guidance = request.guidance if request.guidance is not None else spec.guidance
+    cfg = _cfg(request)
+    if request.guidance is not None and not spec.guidance_embedding:
+        warn(f"{spec.title} has no guidance input: guidance {request.guidance:g} has no effect")
+    if request.negative and cfg == 1.0:
+        warn("the negative prompt has no effect at cfg 1; give a cfg above 1 (2 to 5 is usual)")
+    if request.sigmas is not None and (request.steps is not None or request.denoise < 1):
+        warn("steps and denoise have no effect beside explicit sigmas")
+    return _Plan(
+        width=width,
+        height=height,
+        sigmas=plan_sigmas(spec, request, (width // GRID) * (height // GRID)),
+        guidance=guidance,
+        cfg=cfg,
+        seeds=image_seeds(request.seed, request.count),
+    )
+
+
+def _encode_prompts(
+    model: FluxModel, request: Request, plan: _Plan, hooks: Hooks
+) -> tuple[EncodedPrompt, EncodedPrompt | None]:
+    """The prompt, and the negative one where guidance will use it."""
+    length = model.transformer.spec.t5_length
+    positive = model.text.encode(request.prompt, clip_prompt=request.clip_prompt, length=length, warn=hooks.warn)
+    negative = None
+    if plan.cfg != 1.0:
+        negative = model.text.encode(request.negative or "", length=length, warn=hooks.warn)
+    for prompt in (positive, negative):
+        if prompt is not None and not _finite(prompt.tokens, prompt.pooled):
+            raise NumericError(
+                f"the text encoders gave numbers that are not finite; {model.text.t5.path.name} or "
+                f"{model.text.clip.path.name} is damaged, or the number format overflows: try bf16 or fp32"
             )
-        )
-    return pictures
+    return positive, negative
+
+
+@contextmanager
+def _stage(hooks: Hooks, name: str) -> Iterator[None]:
+    """Tell the caller of a stage that is one step."""
+    hooks.check()
+    if hooks.progress is not None:
+        hooks.progress(name, 0, 1)
+    yield
+    if hooks.progress is not None:
+        hooks.progress(name, 1, 1)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 @torch.inference_mode()
 def decode(model: FluxModel, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) in the transformer's space to bytes (B, H, W, 3)."""
+    """Latents (B, C, h, w) in the transformer's space to bytes (B, H, W, 3).
+
+    Raises:
+        NumericError: The result was not finite.
+    """
     part = model.autoencoder
     with part.resident() as autoencoder:
         pixels = autoencoder.decode(latents.to(part.device, part.dtype)).float().cpu()
+    if not _finite(pixels):
+        raise NumericError(
+            f"decoding gave numbers that are not finite; {part.path.name} is damaged, or the number format overflows: "
+            "try another dtype (bf16 or fp32), or a fresh copy of the file"
+        )
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -182,7 +257,15 @@ def round_size(value: int) -> int:
     return max(GRID, int(math.floor(value / GRID + 0.5)) * GRID)
 
 
-def _check(request: Request) -> None:
+def _check(spec: Flux1Spec, request: Request) -> None:
+    if spec.in_channels != spec.out_channels:
+        raise MismatchError(
+            f"{spec.title} takes {spec.in_channels} input channels, of which {spec.out_channels} are the picture: it "
+            "edits or follows another picture and cannot draw from a prompt alone; choose a text-to-image model"
+        )
+    solver(request.solver)
+    if request.noise not in NOISE_STYLES:
+        raise UserError(f"there is no noise style {request.noise!r}; choose one of: {', '.join(NOISE_STYLES)}")
     if not 1 <= request.count <= MAX_COUNT:
         raise UserError(f"count is {request.count}; ask for 1 to {MAX_COUNT} pictures")
     for name in ("guidance", "cfg"):
@@ -195,24 +278,24 @@ def _check(request: Request) -> None:
         raise UserError(f"denoise is {request.denoise:g} without a picture to start from; give one, or use denoise 1")
 
 
-def _size(request: Request, autoencoder: AutoencoderSpec, warn: object) -> tuple[int, int]:
-    native = NATIVE_SIDES.get(autoencoder.name, 1024)
-    given = (request.width, request.height)
-    if request.image is not None:
-        given = (request.width or request.image.shape[-1], request.height or request.image.shape[-2])
-    sides = []
-    for name, value in zip(("width", "height"), given, strict=True):
-        asked = native if value is None else value
-        if not 1 <= asked <= MAX_SIDE:
-            raise UserError(f"{name} is {asked}; give 16 to {MAX_SIDE} pixels")
-        side = round_size(asked)
-        if side != asked and callable(warn):
-            warn(f"{name} {asked} is not a multiple of {GRID}: {side} is used")
-        sides.append(side)
-    return sides[0], sides[1]
+def _size(request: Request, autoencoder: AutoencoderSpec, warn: Callable[[str], None]) -> tuple[int, int]:
+    """Width and height: as asked for, else the start picture's, else what the model was trained on."""
+    native = NATIVE_SIDES.get(autoencoder.name, NATIVE_SIDE)
+    height, width = (native, native) if request.image is None else request.image.shape[-2:]
+    asked = {
+        "width": width if request.width is None else request.width,
+        "height": height if request.height is None else request.height,
+    }
+    for name, value in asked.items():
+        if not 1 <= value <= MAX_SIDE:
+            raise UserError(f"{name} is {value}; give {GRID} to {MAX_SIDE} pixels")
+        if round_size(value) != value:
+            warn(f"{name} {value} is not a multiple of {GRID}: {round_size(value)} is used")
+    return round_size(asked["width"]), round_size(asked["height"])
 
 
 NATIVE_SIDES = {"flux1-mini-ae": 128}
+NATIVE_SIDE = 1024
 
 
 def _cfg(request: Request) -> float:
@@ -226,39 +309,47 @@ DEFAULT_CFG = 3.0
 
 
 @torch.inference_mode()
-def _encode_start(model: FluxModel, request: Request, width: int, height: int) -> Tensor | None:
-    if request.image is None:
-        return None
-    image = request.image.float()
-    if image.shape[-2:] != (height, width):
-        image = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+def _encode_start(model: FluxModel, image: Tensor, plan: _Plan) -> Tensor:
+    """The picture at the run's size, as latents (B, C, h, w) in the transformer's space."""
+    image, size = image.float(), (plan.height, plan.width)
+    if image.shape[-2:] != size:
+        image = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
     part = model.autoencoder
     with part.resident() as autoencoder:
-        return autoencoder.encode((image * 2 - 1).to(part.device, part.dtype)).float().cpu()
+        latents = autoencoder.encode((image * 2 - 1).to(part.device, part.dtype)).float().cpu()
+    if not _finite(latents):
+        raise NumericError(
+            f"encoding the picture gave numbers that are not finite; {part.path.name} is damaged, or the number format "
+            "overflows: try another dtype (bf16 or fp32), or a fresh copy of the file"
+        )
+    return latents
 
 
 def _latent_mask(mask: Tensor, cells: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(mask.float(), cells, mode="bilinear", antialias=True)
 
 
-def _settings(
-    request: Request, spec: Flux1Spec, width: int, height: int, guidance: float | None, cfg: float,
-    sigmas: Sequence[float], seed: int,
-) -> dict[str, object]:  # fmt: skip
+def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dict[str, object]:
     """Everything that made a picture, as plain values."""
+    spec = model.transformer.spec
     return {
         "prompt": request.prompt,
         **({"clip_prompt": request.clip_prompt} if request.clip_prompt is not None else {}),
-        **({"negative": request.negative or "", "cfg": cfg} if cfg != 1.0 else {}),
+        **({"negative": request.negative or "", "cfg": plan.cfg} if plan.cfg != 1.0 else {}),
         "model": spec.name,
-        "width": width,
-        "height": height,
-        "steps": max(0, len(sigmas) - 1),
-        "guidance": guidance if spec.guidance_embedding else None,
+        "model_file": model.transformer.path.name,
+        "width": plan.width,
+        "height": plan.height,
+        "steps": max(0, len(plan.sigmas) - 1),
+        "guidance": plan.guidance if spec.guidance_embedding else None,
         "seed": seed,
         "schedule": "explicit" if request.sigmas is not None else request.schedule,
+        **({"mu": request.mu} if request.mu is not None else {}),
         "solver": request.solver,
         "noise": request.noise,
         "denoise": request.denoise,
-        "sigmas": [round(s, 6) for s in sigmas],
+        "sigmas": [round(sigma, SIGMA_DIGITS) for sigma in plan.sigmas],
     }
+
+
+SIGMA_DIGITS = 6

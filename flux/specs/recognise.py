@@ -1,7 +1,7 @@
 """What a file is, from its tensors' names and shapes alone.
 
-Each known kind is a row of ``KINDS``: a test on the names, and a function that reads the spec off the shapes. First
-dimensions decide where they can, for packed formats halve the second.
+A function for each part that this engine runs reads the spec off the shapes; foreign families are rows of a table with
+a test on the names. First dimensions decide where they can, for packed formats halve the second.
 """
 
 from __future__ import annotations
@@ -54,9 +54,17 @@ class Recognised:
 def recognise(tensors: Tensors, file_name: str = "", metadata: Mapping[str, str] | None = None) -> list[Recognised]:
     """Everything that a file holds; empty when nothing in it is known."""
     found = [part for look in (_flux1, _autoencoder, _clip, _t5) if (part := look(tensors, file_name, metadata or {}))]
-    if not any(part.kind == "transformer" for part in found):
-        found += [Recognised("foreign", title) for title, test in FOREIGN if test(tensors)][: 1 if not found else 0]
-    return found
+    if any(part.kind == "transformer" for part in found):
+        return found
+    family = _first(FOREIGN_MODELS, tensors)
+    if family is not None:  # Stable Diffusion 3 has an autoencoder of FLUX.1's shapes with another scale
+        return [Recognised("foreign", family), *(part for part in found if part.kind in ("clip", "t5"))]
+    other = None if found else _first(FOREIGN_PARTS, tensors)
+    return found if other is None else [Recognised("foreign", other)]
+
+
+def _first(rows: tuple[tuple[str, Callable[[Tensors], bool]], ...], tensors: Tensors) -> str | None:
+    return next((title for title, test in rows if test(tensors)), None)
 
 
 TITLES = {
@@ -85,47 +93,70 @@ def _prefix(tensors: Tensors, candidates: tuple[str, ...], key: str) -> str | No
     return next((prefix for prefix in candidates if prefix + key in tensors), None)
 
 
+def _side(tensors: Tensors, name: str, dimension: int = 0) -> int:
+    """One side of a tensor's shape; 0 where there is no such tensor or side."""
+    shape = tensors[name].shape if name in tensors else ()
+    return shape[dimension] if dimension < len(shape) else 0
+
+
 def _flux1(tensors: Tensors, file_name: str, metadata: Mapping[str, str]) -> Recognised | None:
     prefix = _prefix(tensors, PREFIXES, "double_blocks.0.img_mod.lin.weight")
     if prefix is None or prefix + "img_in.weight" not in tensors or prefix + "vector_in.in_layer.weight" not in tensors:
         return None
     if any("distilled_guidance_layer" in name for name in tensors):
         return None
-
-    def shape(name: str) -> tuple[int, ...]:
-        return tensors[prefix + name].shape
-
-    hidden, in_channels = shape("img_in.weight")[:2]
-    head = tensors.get(prefix + "double_blocks.0.img_attn.norm.key_norm.scale") or tensors.get(
-        prefix + "double_blocks.0.img_attn.norm.key_norm.weight"
-    )
-    if head is None:
-        return None
-    guided = prefix + "guidance_in.in_layer.weight" in tensors
-    fields = {
-        "in_channels": in_channels,
-        "out_channels": shape("final_layer.linear.weight")[0],
-        "hidden": hidden,
-        "heads": hidden // head.shape[0],
-        "context_width": shape("txt_in.weight")[1],
-        "pooled_width": shape("vector_in.in_layer.weight")[1],
-        "double_blocks": _count(tensors, prefix + "double_blocks."),
-        "single_blocks": _count(tensors, prefix + "single_blocks."),
-        "guidance_embedding": guided,
-    }
+    fields = _flux1_fields(tensors, prefix)
     fitting = [spec for spec in FLUX1.values() if all(getattr(spec, k) == v for k, v in fields.items())]
     spec, notes = _choose(fitting, file_name, metadata)
     if spec is None:
-        close = [s for s in FLUX1.values() if s.in_channels == in_channels and s.guidance_embedding == guided]
-        base, _ = _choose(
-            [s for s in close if s.context_width == fields["context_width"]] or close, file_name, metadata
-        )
-        if base is None:
-            return None
-        spec = replace(base, name=f"{base.name}-variant", title=f"{base.title}, another size", **fields)  # type: ignore[arg-type]
-        notes = (f"its sizes are no release's: {fields['double_blocks']} double and {fields['single_blocks']} single "
-                 f"blocks of width {hidden}; treated as {base.title}",)  # fmt: skip
+        spec, notes = _another_size(fields, file_name, metadata)
+    if spec is None:
+        return Recognised("foreign", f"a FLUX.1-like diffusion model whose layout cannot be run here ({notes[0]})")
     return Recognised("transformer", f"the {spec.title} diffusion model", spec, prefix, notes)
+
+
+def _flux1_fields(tensors: Tensors, prefix: str) -> dict[str, int | float | bool]:
+    """The spec's fields that shapes tell; 0 stands for what is not there."""
+    hidden = _side(tensors, prefix + "img_in.weight")
+    norm = prefix + "double_blocks.0.img_attn.norm.key_norm."
+    head = _side(tensors, norm + "scale") or _side(tensors, norm + "weight")
+    return {
+        "in_channels": _side(tensors, prefix + "img_in.weight", 1),
+        "out_channels": _side(tensors, prefix + "final_layer.linear.weight"),
+        "hidden": hidden,
+        "heads": hidden // head if head else 0,
+        "context_width": _side(tensors, prefix + "txt_in.weight", 1),
+        "pooled_width": _side(tensors, prefix + "vector_in.in_layer.weight", 1),
+        "double_blocks": _count(tensors, prefix + "double_blocks."),
+        "single_blocks": _count(tensors, prefix + "single_blocks."),
+        "mlp_ratio": _side(tensors, prefix + "double_blocks.0.img_mlp.0.weight") / max(1, hidden),
+        "guidance_embedding": prefix + "guidance_in.in_layer.weight" in tensors,
+    }
+
+
+def _another_size(
+    fields: Mapping[str, int | float | bool], file_name: str, metadata: Mapping[str, str]
+) -> tuple[Flux1Spec | None, tuple[str, ...]]:
+    """A spec for sizes that no release has, from the row that is nearest; None with the reason where there is none."""
+    rows = [
+        s for s in FLUX1.values()
+        if (s.in_channels, s.guidance_embedding) == (fields["in_channels"], fields["guidance_embedding"])
+    ]  # fmt: skip
+    base, _ = _choose([s for s in rows if s.context_width == fields["context_width"]] or rows, file_name, metadata)
+    if base is None:
+        return None, (f"{fields['in_channels']} input channels",)
+    if not all(value for name, value in fields.items() if name not in ("guidance_embedding", "single_blocks")):
+        absent = [name for name, value in fields.items() if not value and name != "guidance_embedding"]
+        return None, (f"tensors are missing that tell {', '.join(absent)}",)
+    try:
+        spec = replace(base, name=f"{base.name}-variant", title=f"{base.title}, another size", **fields)  # type: ignore[arg-type]
+    except ValueError as error:
+        return None, (str(error),)
+    note = (
+        f"its sizes are no release's: {spec.double_blocks} double and {spec.single_blocks} single blocks of width "
+        f"{spec.hidden}; treated as {base.title}"
+    )
+    return spec, (note,)
 
 
 def _choose(
@@ -157,8 +188,8 @@ def _autoencoder(tensors: Tensors, file_name: str, metadata: Mapping[str, str]) 
         return None
     if prefix + "quant_conv.weight" in tensors or prefix + "encoder.down.0.block.0.conv1.weight" not in tensors:
         return None
-    latent = tensors[prefix + "decoder.conv_in.weight"].shape[1]
-    base = tensors[prefix + "encoder.conv_in.weight"].shape[0]
+    latent = _side(tensors, prefix + "decoder.conv_in.weight", 1)
+    base = _side(tensors, prefix + "encoder.conv_in.weight")
     for spec in AUTOENCODERS.values():
         if (spec.latent_channels, spec.base_channels) == (latent, base):
             return Recognised("autoencoder", f"the autoencoder {spec.name}", spec, prefix)
@@ -169,7 +200,7 @@ def _clip(tensors: Tensors, file_name: str, metadata: Mapping[str, str]) -> Reco
     prefix = _prefix(tensors, CLIP_PREFIXES, "text_model.final_layer_norm.weight")
     if prefix is None:
         return None
-    width = tensors[prefix + "text_model.final_layer_norm.weight"].shape[0]
+    width = _side(tensors, prefix + "text_model.final_layer_norm.weight")
     layers = _count(tensors, prefix + "text_model.encoder.layers.")
     for spec in CLIP_TEXT.values():
         if (spec.width, spec.layers) == (width, layers):
@@ -181,30 +212,58 @@ def _t5(tensors: Tensors, file_name: str, metadata: Mapping[str, str]) -> Recogn
     prefix = _prefix(tensors, T5_PREFIXES, "encoder.final_layer_norm.weight")
     if prefix is None or prefix + "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors:
         return None
-    width = tensors[prefix + "encoder.final_layer_norm.weight"].shape[0]
+    width = _side(tensors, prefix + "encoder.final_layer_norm.weight")
     layers = _count(tensors, prefix + "encoder.block.")
+    words = _side(tensors, prefix + "shared.weight") or _side(tensors, prefix + "encoder.embed_tokens.weight")
     for spec in T5_ENCODERS.values():
-        if (spec.width, spec.layers) == (width, layers):
+        if (spec.width, spec.layers, spec.vocabulary) == (width, layers, words):
             return Recognised("t5", f"the text encoder {spec.name}", spec, prefix)
-    return Recognised("foreign", f"a T5 encoder of width {width} with {layers} layers, which FLUX.1 does not use")
+    return Recognised(
+        "foreign", f"a T5 encoder of width {width} with {layers} layers and {words} words, which FLUX.1 does not use"
+    )
 
 
 def _any(*parts: str) -> Callable[[Tensors], bool]:
     return lambda tensors: any(part in name for name in tensors for part in parts)
 
 
-FOREIGN: tuple[tuple[str, Callable[[Tensors], bool]], ...] = (
+def _conv_in(latent_channels: int) -> Callable[[Tensors], bool]:
+    """A convolutional decoder of this many latent channels."""
+    return lambda tensors: any(
+        name.endswith("decoder.conv_in.weight") and _side(tensors, name, 1) == latent_channels for name in tensors
+    )
+
+
+Foreign = tuple[tuple[str, Callable[[Tensors], bool]], ...]
+
+# A LoRA's names contain its model's, so it comes first.
+FOREIGN_MODELS: Foreign = (
+    ("a LoRA", _any("lora_A.", "lora_B.", "lora_down.", "lora_up.", "hada_w1_a", "lokr_w")),
+    ("a Redux adapter", _any("redux_up.weight")),
+    (
+        "a ControlNet",
+        _any("controlnet_x_embedder.", "controlnet_blocks.", "control_model.", "controlnet_cond_emb"),
+    ),
     ("a Chroma diffusion model", _any("distilled_guidance_layer")),
     ("a FLUX.3 diffusion model, which this version does not run yet", _any("early_stream_modulations.")),
     ("a FLUX.2 diffusion model, which this version does not run yet", _any("double_stream_modulation_img.")),
     ("a FLUX model in diffusers' layout, which this version does not read yet", _any("single_transformer_blocks.0.")),
-    ("a LoRA", _any("lora_A.", "lora_down.", "lora_up.")),
-    ("a Redux adapter", _any("redux_up.weight")),
+    ("a HunyuanVideo diffusion model", _any("txt_in.individual_token_refiner.")),
+    ("a Qwen-Image diffusion model", _any("transformer_blocks.0.img_mod.1.weight")),
+    ("a Lumina or Z-Image diffusion model", _any("noise_refiner.0.")),
+    ("an AuraFlow diffusion model", _any("double_layers.0.attn.w1q.weight")),
+    ("an LTX video model", _any("patchify_proj.weight")),
+    ("a PixArt diffusion model", _any("y_embedder.y_proj.fc1.weight", "caption_projection.y_proj.fc1.weight")),
     ("a Stable Diffusion 3 model", _any("joint_blocks.0.x_block")),
+    ("a Stable Cascade model", _any("clip_txt_mapper.weight", "clip_txt_pooled_mapper.weight")),
     ("a Stable Diffusion XL model", _any("conditioner.embedders.1.", "label_emb.0.0.weight")),
     ("a Stable Diffusion 1 or 2 model", _any("input_blocks.1.1.transformer_blocks.0.attn2.to_k")),
+    ("a Stable Diffusion model in diffusers' layout", _any("down_blocks.0.attentions.0.transformer_blocks.0.attn2.")),
     ("a Wan video model", _any("blocks.0.cross_attn.norm_k.weight")),
+)
+FOREIGN_PARTS: Foreign = (
     ("a SigLIP or CLIP vision model", _any("vision_model.encoder.layers.0")),
-    ("an autoencoder of another family", _any("decoder.conv_in.weight", "decoder.up_blocks.0")),
+    ("the FLUX.2 autoencoder, which this version does not run yet", _conv_in(32)),
+    ("an autoencoder of another family", _any("decoder.conv_in.weight", "decoder.up_blocks.0", "decoder.conv1.weight")),
     ("a language model", _any("model.layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight")),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ...errors import MissingFileError
+from ...errors import FileError, MismatchError, MissingFileError
 from ...specs.text import ClipTextSpec, T5Spec
 
 __all__ = ["ClipTokenizer", "T5Tokenizer", "TokenIds", "read_clip_tokenizer", "read_t5_tokenizer"]
@@ -99,9 +99,11 @@ def read_t5_tokenizer(path: Path, spec: T5Spec) -> T5Tokenizer:
 
     Raises:
         MissingFileError: It is not there.
+        FileError: It cannot be read.
+        MismatchError: It is another model's.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    return T5Tokenizer(_read_json(file, "T5"), spec)
+    return T5Tokenizer(_fitting(_read_json(file, "T5"), spec, file), spec)
 
 
 def read_clip_tokenizer(path: Path, spec: ClipTextSpec) -> ClipTokenizer:
@@ -109,16 +111,29 @@ def read_clip_tokenizer(path: Path, spec: ClipTextSpec) -> ClipTokenizer:
 
     Raises:
         MissingFileError: One of the files is not there.
+        FileError: They cannot be read.
+        MismatchError: They are another model's.
     """
     if path.is_dir() and all((path / name).is_file() for name in CLIP_FILES):
-        return ClipTokenizer(_clip_bpe(path), spec)
+        return ClipTokenizer(_fitting(_clip_bpe(path), spec, path), spec)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise MissingFileError(
             f"CLIP's tokenizer was looked for in {path}: neither {' and '.join(CLIP_FILES)} nor tokenizer.json is "
             "there. Put the two files from the model's tokenizer folder there, or name the folder that has them."
         )
-    return ClipTokenizer(_read_json(file, "CLIP"), spec)
+    return ClipTokenizer(_fitting(_read_json(file, "CLIP"), spec, file), spec)
+
+
+def _fitting(tokenizer: Tokenizer, spec: ClipTextSpec | T5Spec, path: Path) -> Tokenizer:
+    """The tokenizer, unless it has ids that the encoder has no embedding for."""
+    size = tokenizer.get_vocab_size()
+    if size > spec.vocabulary:
+        raise MismatchError(
+            f"{path} is another model's tokenizer: it has {size} tokens, {spec.name} knows {spec.vocabulary}; choose "
+            "the one that belongs to it"
+        )
+    return tokenizer
 
 
 def _read_json(file: Path, kind: str) -> Tokenizer:
@@ -127,14 +142,23 @@ def _read_json(file: Path, kind: str) -> Tokenizer:
             f"{kind}'s tokenizer was looked for at {file} and is not there. Put the model's tokenizer.json there, "
             "or name the folder that has it."
         )
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise FileError(f"{file} is not a tokenizer that can be read ({error}); download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _clip_bpe(folder: Path) -> Tokenizer:
-    vocabulary, merges = models.BPE.read_file(*(str(folder / name) for name in CLIP_FILES))
+    try:
+        vocabulary, merges = models.BPE.read_file(*(str(folder / name) for name in CLIP_FILES))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise FileError(
+            f"{' and '.join(CLIP_FILES)} in {folder} are not a tokenizer that can be read ({error}); "
+            "download them again"
+        ) from error
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,

@@ -1,0 +1,164 @@
+"""The commands' options. Names of solvers and noises are written out here, so that help needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "NOISES",
+    "SCHEDULERS",
+    "SOLVERS",
+    "add_demo",
+    "add_generate",
+    "add_inspect",
+    "add_models",
+]
+
+SOLVERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_snr")
+SCHEDULERS = ("flux", "simple", "beta", "linear")
+NOISES = ("comfyui", "bfl", "diffusers")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+DEVICES = "auto, cpu, cuda, cuda:0, cuda:1 ..."
+
+EXAMPLES = """\
+examples:
+  python -m flux generate "a red circle on the left and a blue square on the right" --seed 7 --out a.png
+  python -m flux generate "a green star" --model mini-schnell --count 3 --out stars/star.webp
+  python -m flux generate "a cat" --model flux1-dev.safetensors --clip clip_l.safetensors \\
+      --t5 t5xxl_fp16.safetensors --vae ae.safetensors --tokenizers tokenizers/
+"""
+
+
+class Commands(Protocol):
+    """What ``add_subparsers`` gives."""
+
+    def add_parser(self, name: str, **kwargs: Any) -> argparse.ArgumentParser: ...
+
+
+def add_generate(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="draw pictures from a prompt",
+        description="Draw pictures from a prompt. Paths of what was written go to stdout, one a line.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw; may be empty")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
+    _add_model(parser.add_argument_group("model"))
+    _add_output(parser.add_argument_group("output"))
+    _add_picture(parser.add_argument_group("picture"))
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_start(parser.add_argument_group("starting from a picture"))
+
+
+def add_inspect(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="say what model files are",
+        description="Say what safetensors files are from their headers alone; no tensor is read.",
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a .safetensors file")
+    parser.add_argument("--json", action="store_true", help="a JSON list in place of text")
+
+
+def add_models(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "models",
+        help="list the known models and what each needs",
+        description="List the known models, their defaults, and the files that each needs.",
+    )
+    parser.add_argument("--json", action="store_true", help="JSON in place of a table")
+
+
+def add_demo(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="draw a dozen pictures with the embedded models",
+        description="Draw a dozen pictures with the embedded models, and a sheet of them all; nothing is downloaded.",
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("out/demo"), help="default: %(default)s")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+class Group(Protocol):
+    """What ``add_argument_group`` gives."""
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action: ...
+
+
+def _add_model(group: Group) -> None:
+    group.add_argument(
+        "--model",
+        default="mini",
+        metavar="NAME|FILE",
+        help="mini or mini-schnell, which are inside the pack, or a transformer's .safetensors file (default: mini)",
+    )
+    group.add_argument("--clip", type=Path, metavar="FILE", help="the model's CLIP text encoder")
+    group.add_argument("--t5", type=Path, metavar="FILE", help="its T5 text encoder")
+    group.add_argument("--vae", type=Path, metavar="FILE", help="its autoencoder")
+    group.add_argument(
+        "--tokenizers",
+        type=Path,
+        metavar="FOLDER",
+        help="holds CLIP's vocab.json and merges.txt and T5's tokenizer.json, or the release's folders tokenizer and "
+        "tokenizer_2; files that no option names are looked for beside the transformer",
+    )
+    group.add_argument("--device", default="auto", help=f"{DEVICES} (default: cuda where there is one)")
+    group.add_argument(
+        "--dtype", default="auto", help=f"{', '.join(DTYPES)}: numbers that weights become (default: auto)"
+    )
+
+
+def _add_output(group: Group) -> None:
+    group.add_argument(
+        "--out",
+        metavar="FILE|FOLDER",
+        default=".",
+        help="a .png, .jpg or .webp file, replaced if it is there; several pictures become FILE-1, FILE-2 ...; in a "
+        "folder, names are made from model and seed and nothing is replaced (default: the current folder)",
+    )
+    group.add_argument(
+        "--record", action="store_true", help="write versions, hashes, settings and times as JSON beside"
+    )
+
+
+def _add_picture(group: Group) -> None:
+    group.add_argument("--width", type=int, metavar="PIXELS", help="rounded to a multiple of 16 (default: the model's)")
+    group.add_argument("--height", type=int, metavar="PIXELS", help="likewise")
+    group.add_argument(
+        "--seed", type=int, help="of the first picture, 0 to 2^64-1; the next count up (default: random)"
+    )
+    group.add_argument("--count", type=int, default=1, help="how many pictures (default: 1)")
+    group.add_argument("--negative", metavar="PROMPT", help="what to stay away from; turns --cfg 3 on")
+    group.add_argument("--clip-prompt", metavar="PROMPT", help="a prompt of its own for CLIP")
+
+
+def _add_sampling(group: Group) -> None:
+    group.add_argument("--steps", type=int, help="default: the model's")
+    group.add_argument("--guidance", type=float, help="strength of distilled guidance (default: the model's)")
+    group.add_argument("--cfg", type=float, help="true classifier-free guidance, two passes a step; 1 is off")
+    group.add_argument("--scheduler", default="flux", help=f"{', '.join(SCHEDULERS)} (default: flux)")
+    group.add_argument("--solver", default="euler", help=f"{', '.join(SOLVERS)} (default: euler)")
+    group.add_argument("--mu", type=float, help="shift of the schedule (default: from the size)")
+    group.add_argument(
+        "--sigmas", type=_sigmas, metavar="1,...,0", help="explicit falling times in place of steps and scheduler"
+    )
+    group.add_argument("--noise", default="comfyui", help=f"whose noise: {', '.join(NOISES)} (default: comfyui)")
+
+
+def _add_start(group: Group) -> None:
+    group.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
+    group.add_argument("--denoise", type=float, default=1.0, help="how much of it to change, 0 to 1 (default: 1)")
+    group.add_argument("--mask", type=Path, metavar="FILE", help="white where the picture may change")
+
+
+def _sigmas(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas, as 1,0.7,0.3,0") from None

@@ -1,0 +1,59 @@
+"""What the command line says: results on stdout, notes, progress and faults on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+__all__ = ["Bar", "fault", "note", "say"]
+
+
+def say(line: str) -> None:
+    """Put a line of results on stdout, at once, so that a pipe's reader can begin."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def note(sentence: str) -> None:
+    """Tell what was done otherwise than asked."""
+    sys.stderr.write(f"note: {sentence}\n")
+
+
+def fault(sentence: str) -> None:
+    """Tell why there is no result."""
+    sys.stderr.write(f"error: {sentence}\n")
+
+
+class Bar:
+    """A progress bar for each picture, on a terminal only.
+
+    Args:
+        quiet: Show nothing whatever stderr is.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self.shown = not quiet and sys.stderr.isatty()
+        self._bar: Any = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def show(self, done: int, total: int) -> None:
+        """Show ``done`` of ``total`` steps; the bar goes with the last of them."""
+        if not self.shown:
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc="sampling", unit="step", leave=False, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None

@@ -1,0 +1,135 @@
+"""``python -m flux models``: the known models, and what each needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..models.autoencoder import Autoencoder
+from ..models.flux1 import Flux1
+from ..models.text.clip import ClipText
+from ..models.text.t5 import T5Encoder
+from ..ops.layers import on_meta
+from ..specs.autoencoder import AUTOENCODERS
+from ..specs.flux1 import FLUX1, Flux1Spec
+from ..specs.text import CLIP_TEXT, T5_ENCODERS
+from .console import say
+from .files import EMBEDDED, FILE_NAMES, PAGES
+from .inspect import human_bytes
+
+__all__ = ["catalogue", "run"]
+
+BF16_BYTES = 2
+PARTS_INSIDE = ("clip-mini", "t5-mini", "flux1-mini-ae")
+INSIDE = "inside the pack"
+MILLION, BILLION = 10**6, 10**9
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the catalogue as tables or JSON; returns the exit code."""
+    facts = catalogue()
+    say(json.dumps(facts, indent=2) if arguments.json else _as_text(facts))
+    return 0
+
+
+def catalogue() -> dict[str, list[dict[str, Any]]]:
+    """Every known transformer, and every part that one of them needs."""
+    return {
+        "models": [_model(spec) for spec in FLUX1.values()],
+        "parts": [
+            *(_part(spec.name, "CLIP text encoder", count_parameters(ClipText, spec)) for spec in CLIP_TEXT.values()),
+            *(_part(spec.name, "T5 text encoder", count_parameters(T5Encoder, spec)) for spec in T5_ENCODERS.values()),
+            *(_part(spec.name, "autoencoder", count_parameters(Autoencoder, spec)) for spec in AUTOENCODERS.values()),
+        ],
+    }
+
+
+def count_parameters(build: Callable[[Any], nn.Module], spec: object) -> int:
+    """Parameters of a module, built without memory."""
+    with on_meta():
+        return sum(parameter.numel() for parameter in build(spec).parameters())
+
+
+def _model(spec: Flux1Spec) -> dict[str, Any]:
+    parameters = count_parameters(Flux1, spec)
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "embedded": spec.name in EMBEDDED,
+        "files": list(spec.files),
+        "parameters": parameters,
+        "bf16_bytes": parameters * BF16_BYTES,
+        "steps": spec.steps,
+        "guidance": spec.guidance,
+        "text_encoders": list(spec.text_encoders),
+        "autoencoder": spec.autoencoder,
+        "draws_from_text": spec.in_channels == spec.out_channels,
+        "licence": spec.licence,
+    }
+
+
+def _part(name: str, kind: str, parameters: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "embedded": name in PARTS_INSIDE,
+        "files": list(FILE_NAMES[name]),
+        "page": PAGES.get(name),
+        "parameters": parameters,
+        "bf16_bytes": parameters * BF16_BYTES,
+    }
+
+
+def _as_text(facts: dict[str, list[dict[str, Any]]]) -> str:
+    models = [
+        (
+            row["name"],
+            INSIDE if row["embedded"] else row["files"][0],
+            _count(row["parameters"]),
+            human_bytes(row["bf16_bytes"]),
+            str(row["steps"]),
+            "-" if row["guidance"] is None else f"{row['guidance']:g}",
+            ", ".join((*row["text_encoders"], row["autoencoder"])),
+            row["licence"],
+        )
+        for row in facts["models"]
+    ]
+    parts = [
+        (
+            row["name"],
+            INSIDE if row["embedded"] else row["files"][0],
+            _count(row["parameters"]),
+            human_bytes(row["bf16_bytes"]),
+            row["kind"],
+            row["page"] or "",
+        )
+        for row in facts["parts"]
+    ]
+    editors = [row["name"] for row in facts["models"] if not row["draws_from_text"]]
+    return "\n".join(
+        (
+            *_table(("MODEL", "FILE", "SIZE", "BF16", "STEPS", "GUIDANCE", "NEEDS", "LICENCE"), models),
+            "",
+            *_table(("PART", "FILE", "SIZE", "BF16", "KIND", "FROM"), parts),
+            "",
+            f"{', '.join(editors)} edit or follow a picture; `generate` draws from text and does not run them.",
+            "Real models also need tokenizers: CLIP's vocab.json and merges.txt, and T5's tokenizer.json "
+            f"(the folders tokenizer and tokenizer_2 of {PAGES['tokenizers']}).",
+        )
+    )
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+
+
+def _count(parameters: int) -> str:
+    unit, letter = (BILLION, "B") if parameters >= BILLION else (MILLION, "M")
+    return f"{parameters / unit:.2f}{letter}"

@@ -1,0 +1,232 @@
+"""One command from a prompt to a picture in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux.cli import arguments, files
+from flux.cli.console import Bar
+from flux.images import read_settings
+from flux.mini.files import MINI, MINI_SCHNELL
+from flux.sampling.noise import NOISE_STYLES
+from flux.sampling.schedules import SCHEDULES
+from flux.sampling.solvers import SOLVERS
+from flux.version import VERSION
+from tests.conftest import ROOT
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def run(*words, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "flux", *map(str, words)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **options,
+    )  # fmt: skip
+
+
+def test_the_embedded_model_draws_in_a_process_of_its_own(tmp_path):
+    out = tmp_path / "new" / "a.png"
+    done = run("generate", "a red circle", "--model", "mini", "--steps", 1, "--seed", 7, "--out", out)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
+    assert pixels(out).shape == (128, 128, 3)
+    assert os.listdir(out.parent) == ["a.png"]
+
+
+def test_the_path_goes_to_stdout_and_the_settings_into_the_picture(draw, tmp_path):
+    said = draw("--out", tmp_path / "a.png", "--quiet")
+    assert (said.code, said.out, said.err) == (0, [str(tmp_path / "a.png")], [])
+    settings = read_settings(tmp_path / "a.png")
+    expected = {"prompt": "a red circle", "seed": 5, "steps": 2, "width": 32, "height": 32, "solver": "euler"}
+    assert expected.items() <= settings.items()
+    assert settings["model_file"] == "tiny.safetensors"
+
+
+def test_the_same_command_writes_the_same_bytes(draw, tmp_path):
+    for name in ("a.png", "b.png"):
+        draw("--out", tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_count_is_numbered_and_each_seed_said(draw, tmp_path):
+    said = draw("--out", tmp_path / "a.png", "--count", 3)
+    names = ["a-1.png", "a-2.png", "a-3.png"]
+    assert said.out == [str(tmp_path / name) for name in names]
+    assert [line for line in said.err if "seed" in line] == [f"note: {n} has seed {5 + i}" for i, n in enumerate(names)]
+    draw("--out", tmp_path / "single.png", seed=6)
+    assert np.array_equal(pixels(tmp_path / "a-2.png"), pixels(tmp_path / "single.png"))
+
+
+def test_a_named_file_is_replaced_and_a_folder_never_overwritten(draw, tmp_path):
+    for _ in range(2):
+        assert draw("--out", tmp_path / "a.png").code == 0
+    folder = f"{tmp_path}/folder/"
+    assert [draw("--out", folder).out[0] for _ in range(2)] == [f"{folder}tiny-5.png", f"{folder}tiny-5-2.png"]
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "folder"]
+
+
+def test_a_seed_that_was_not_given_is_drawn_and_said(draw, tmp_path):
+    seeds = []
+    for name in ("a.png", "b.png"):
+        said = draw("--out", tmp_path / name, seed=None)
+        seeds.append(read_settings(tmp_path / name)["seed"])
+        assert f"note: seed {seeds[-1]} was drawn; --seed {seeds[-1]} gives the same again" in said.err
+    assert seeds[0] != seeds[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (("--solver", "heun"), {"solver": "heun"}),
+        (("--scheduler", "beta"), {"schedule": "beta"}),
+        (("--noise", "bfl"), {"noise": "bfl"}),
+        (("--mu", "2.5"), {"mu": 2.5}),
+        (("--sigmas", "1,0.4,0"), {"sigmas": [1.0, 0.4, 0.0], "schedule": "explicit"}),
+        (("--guidance", "7"), {"guidance": 7.0}),
+        (("--negative", "blue"), {"negative": "blue", "cfg": 3.0}),
+        (("--negative", "blue", "--cfg", "2"), {"negative": "blue", "cfg": 2.0}),
+        (("--clip-prompt", "a blue star"), {"clip_prompt": "a blue star"}),
+        (("--dtype", "bf16"), {}),
+        (("--device", "cpu"), {}),
+    ],
+)
+def test_each_option_reaches_the_picture(draw, tmp_path, words, settings):
+    assert draw("--out", tmp_path / "plain.png").code == 0
+    assert draw("--out", tmp_path / "a.png", *words).code == 0
+    assert settings.items() <= read_settings(tmp_path / "a.png").items()
+    same = np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "a.png"))
+    assert same == (words == ("--device", "cpu"))
+
+
+def test_a_picture_can_be_changed_in_part(draw, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "start.png")
+    Image.new("L", (32, 32), 0).save(tmp_path / "nothing.png")
+    start = ("--image", tmp_path / "start.png")
+    for name, words in {
+        "kept.png": ("--denoise", "0"),
+        "masked.png": ("--mask", tmp_path / "nothing.png"),
+        "changed.png": ("--denoise", "0.7"),
+    }.items():
+        assert draw("--out", tmp_path / name, *start, *words, width=None, height=None).code == 0
+    assert np.array_equal(pixels(tmp_path / "kept.png"), pixels(tmp_path / "masked.png"))
+    assert not np.array_equal(pixels(tmp_path / "kept.png"), pixels(tmp_path / "changed.png"))
+
+
+def test_rounding_cutting_and_ignoring_are_noted(draw, tmp_path):
+    said = draw(
+        "--out", tmp_path / "a.png", "--negative", "blue", "--cfg", "1", prompt="red " * 200, width=30
+    )  # fmt: skip
+    assert said.code == 0
+    text = "\n".join(said.err)
+    assert "note: width 30 is not a multiple of 16: 32 is used" in said.err
+    assert "note: the prompt has" in text
+    assert "no effect at cfg 1" in text
+    assert "note: its sizes are no release's" in text
+
+
+def test_the_record_says_what_made_the_pictures(draw, tiny, tmp_path):
+    said = draw("--out", tmp_path / "a.png", "--record", "--count", 2, width=30)
+    assert said.out[-1] == str(tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["versions"]["fluxfoundry"] == VERSION
+    assert record["device"]["device"] == "cpu"
+    assert set(record["dtypes"].values()) == {"float32"}
+    hashes = {file["role"]: file["sha256"] for file in record["files"]}
+    assert hashes["transformer"] == hashlib.sha256(tiny.transformer.read_bytes()).hexdigest()
+    assert set(hashes) == {"transformer", "clip", "t5", "autoencoder", "clip_tokenizer", "t5_tokenizer"}
+    assert [(p["file"], p["seed"]) for p in record["pictures"]] == [("a-1.png", 5), ("a-2.png", 6)]
+    assert record["pictures"][1]["sha256"] == hashlib.sha256((tmp_path / "a-2.png").read_bytes()).hexdigest()
+    assert record["pictures"][0]["settings"]["prompt"] == "a red circle"
+    assert set(record["seconds"]) == {"opening", "text", "sampling", "decoding", "saving"}
+    assert any("width 30" in remark for remark in record["notes"])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_other_formats_are_written_by_suffix(draw, tmp_path, suffix):
+    assert draw("--out", tmp_path / f"a.{suffix}").code == 0
+    assert Image.open(tmp_path / f"a.{suffix}").format == {"jpg": "JPEG", "webp": "WEBP"}[suffix]
+
+
+def test_a_mini_transformer_elsewhere_takes_the_embedded_encoders(flux, tiny, tmp_path):
+    said = flux("generate", "x", "--model", tiny.transformer, "--steps", 1, "--seed", 1, "--out", tmp_path / "a.png")
+    assert said.code == 0
+    assert pixels(tmp_path / "a.png").shape == (128, 128, 3)
+
+
+def test_control_c_ends_with_130_and_leaves_nothing(tiny, tmp_path):
+    words = ("generate", "x", "--model", tiny.transformer, "--steps", 9999, "--seed", 1, "--out", tmp_path / "a.png")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flux", *map(str, words)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    # The note about the file's sizes comes when the model is open and sampling begins.
+    assert "no release's" in process.stderr.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "error: interrupted; no file was left half written\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_needs_no_torch_and_lists_what_there_is():
+    code = (
+        "import sys; from flux.cli.main import main; code = main(['generate', '--help']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    for option in ("--width", "--guidance", "--record", "--tokenizers", "--denoise", "dpmpp_2m"):
+        assert option in done.stdout
+
+
+def test_nothing_brings_the_compiler_in(tmp_path):
+    code = (
+        "import sys; from flux.cli.main import main; "
+        "assert main(['generate', 'x', '--steps', '1', '--seed', '1', '--quiet', '--out', sys.argv[1]]) == 0; "
+        "slow = {'torch._dynamo', 'torch._inductor', 'sympy', 'cv2', 'scipy', 'transformers'} & set(sys.modules); "
+        "assert not slow, slow"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.png")],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_names_in_the_help_are_the_engine_s():
+    assert set(arguments.SOLVERS) == set(SOLVERS)
+    assert set(arguments.SCHEDULERS) == set(SCHEDULES)
+    assert set(arguments.NOISES) == set(NOISE_STYLES) - {"comfyui_batch"}  # one draw for a batch: has no seed an image
+
+
+def test_the_embedded_files_are_the_package_s():
+    assert [files.WEIGHTS / f"{name}.safetensors" for name in files.EMBEDDED] == [
+        MINI.transformer,
+        MINI_SCHNELL.transformer,
+    ]
+
+
+def test_the_bar_is_shown_on_a_terminal_only(capfd, monkeypatch):
+    with Bar(quiet=False) as bar:
+        bar.show(1, 2)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Bar(quiet=True) as bar:
+        bar.show(1, 2)
+    assert capfd.readouterr().err == ""
+    with Bar(quiet=False) as bar:
+        bar.show(1, 2)
+        bar.show(2, 2)
+    assert "sampling" in capfd.readouterr().err

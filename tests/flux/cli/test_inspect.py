@@ -1,0 +1,92 @@
+"""What a file is, told from its header."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from flux.cli.inspect import human_bytes
+from flux.models.flux1 import Flux1
+from flux.ops.layers import on_meta
+from flux.specs.flux1 import FLUX1
+from tests.conftest import ROOT
+from tests.tiny import write_header_only
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory):
+    """FLUX.1 [dev] by its header: 23.8 GB on paper, nothing on the disk."""
+    with on_meta():
+        shapes = {name: tuple(p.shape) for name, p in Flux1(FLUX1["flux1-dev"]).named_parameters()}
+    return write_header_only(
+        tmp_path_factory.mktemp("dev") / "model.safetensors", shapes, metadata={"author": "nobody"}
+    )
+
+
+def test_a_real_model_is_told_in_full(flux, dev):
+    said = flux("inspect", dev)
+    assert (said.code, said.err) == (0, [])
+    rows = [line.split(maxsplit=1) for line in said.out[1:]]
+    told = {label: rest for label, rest in rows if label != "note"}
+    assert said.out[0] == str(dev)
+    assert told["what"] == "the FLUX.1 [dev] diffusion model"
+    assert (told["kind"], told["variant"]) == ("transformer", "flux1-dev")
+    assert "hidden 3072, heads 24, double_blocks 19, single_blocks 38, axes 16/56/56" in told["spec"]
+    assert told["tensors"] == "780 (780 BF16)"
+    assert told["parameters"] == "11,901,408,320"
+    assert told["bytes"] == "23,802,816,640 (23.8 GB)"
+    assert told["metadata"] == "author"
+    assert [
+        "note",
+        "taken for FLUX.1 [dev]; by its tensors it could also be FLUX.1 Krea [dev], FLUX.1 Kontext [dev]",
+    ] in rows
+
+
+def test_json_is_a_list_with_a_place_for_every_file(flux, dev, tiny, tmp_path):
+    said = flux("inspect", "--json", dev, tiny.clip, tmp_path / "none.safetensors")
+    told = json.loads("\n".join(said.out))
+    assert said.code == 2
+    assert [part["variant"] for facts in told[:2] for part in facts["parts"]] == ["flux1-dev", "clip-mini"]
+    assert told[0]["parts"][0]["spec"]["guidance_embedding"] is True
+    assert told[0]["dtypes"] == {"BF16": 780}
+    assert "was not found" in told[2]["error"]
+    assert said.err == [f"error: {told[2]['error']}"]
+
+
+def test_the_good_files_are_told_beside_a_bad_one(flux, tiny, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"x")
+    said = flux("inspect", tmp_path / "bad.safetensors", tiny.t5)
+    assert said.code == 2
+    assert said.out[1].endswith("the text encoder t5-mini")
+    assert "bad.safetensors" in said.err[0]
+
+
+def test_foreign_and_unknown_files_are_named_without_being_a_fault(flux, tmp_path):
+    foreign = write_header_only(tmp_path / "a.safetensors", {"model.diffusion_model.joint_blocks.0.x_block.w": (2, 2)})
+    unknown = write_header_only(tmp_path / "b.safetensors", {"x.\x1b[31my": (2, 2)}, dtype="F8_E4M3")
+    said = flux("inspect", foreign, unknown)
+    text = "\n".join(said.out)
+    assert said.code == 0
+    assert "a Stable Diffusion 3 model" in text
+    assert "of no kind that is known here" in text
+    assert "1 F8_E4M3" in text
+    assert "x.?[31my" in text
+
+
+def test_neither_torch_nor_a_tensor_is_needed(dev):
+    code = (
+        "import sys; from flux.cli.main import main; code = main(['inspect', sys.argv[1]]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(dev)], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (23_802_816_640, "23.8 GB"), (5 * 10**15, "5000.0 TB")],
+)
+def test_bytes_are_written_for_people(count, words):
+    assert human_bytes(count) == words
