@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -35,24 +35,26 @@ NAMES = tuple(scenes.PALETTE)
 PALETTE = np.asarray([scenes.PALETTE[name] for name in NAMES], np.float32)
 
 # Colours. Orange and yellow are the nearest pair of the palette, 80 apart in RGB.
+HALF = 0.5  # the coverage at an edge
+TINY = 1e-6  # keeps divisions and ties finite
 BORDER = 3  # the drawing rules keep this frame almost free of objects
 BORDER_SHARE = 0.6  # of the frame must have one colour for it to count as the background's
 VISIBLE = 40.0  # a pixel this far from the background belongs to an object: half the distance of the nearest pair
 TRUE_COLOUR = 70.0  # farther than this from every palette colour, an area has no colour that can be named
 SAME_INK = 0.65  # of an object's inner pixels must have its colour
 DEEP = 0.6  # inner pixels: those at least this far in, as a fraction of the deepest one
-SOFT_EDGE = (0.1, 0.9)  # contrasts that become coverage 0 and 1; below is noise, between is the edge
 
-# Blobs. The smallest object that is ever drawn, a star, covers 108 pixels of a 128-pixel canvas.
+# Blobs. The smallest object that is ever drawn, a shrunk star, covers 107 pixels of a 128-pixel canvas.
 NOTABLE_AREA = 32.0  # smaller specks are not objects, neither wanted nor surplus
 OPENING = np.ones((3, 3), np.uint8)  # takes away the fringe of a third colour that lies between two others
 FRINGE_DEPTH = 2.0  # pixels; a solid area no thicker than this is suspected of being a wide fringe,
 FRINGE_COLOUR = 30.0  # and is one if it lies no farther than this from the mixtures of background and main colour
 MAX_BLOBS = 6  # the largest ones are matched; the surplus still counts against the picture
+CORE_SHARE = 0.25  # of the notable area is left at least of each part where a blob has been worn down until it parts
 MAX_PARTS = 3  # into which a blob is split where objects touch
 
 # Shapes: a blob's likeness is the correlation of its coverage with an ideal shape's at the best place and radius.
-MIN_LIKENESS = 0.88  # below it, a blob has no shape that can be named
+MIN_LIKENESS = 0.925  # below it, a blob has no shape that can be named
 CLEAR = 0.95  # from here on, and with CLEAR_LEAD over the next shape, the first guess needs no search
 CLEAR_LEAD = 0.05
 BLURS = (0.0, 0.8, 1.6)  # ideal shapes are drawn sharp and blurred by so many pixels, as pictures may be
@@ -60,15 +62,16 @@ FIRST_BLUR = 0.8
 SEARCHED = 3  # the best first guesses that are improved by search
 SEARCH_STEPS = (1.0, 0.5)  # pixels of a 128-pixel canvas, coarse to fine
 SEARCH_TURNS = 6
+CROP_MARGIN = 0.3  # of a blob's extent is left around it, for shapes that fit badly
 MODEL_RADIUS = 24.0  # at which an ideal shape's area and centroid are measured
 
-# Places, as fractions of the side. "left" draws centres at 0.16..0.27, across at 0.44..0.56; "center" at 0.44..0.56.
-SIDE_ZONE = 0.4  # a centre nearer to its edge than this
+# Places, as fractions of the side. Centres are drawn near 0.16..0.27 for "left" and within 0.41..0.59 for "center" and
+# across; the border between both zones lies amid what is left free.
+SIDE_ZONE = 0.36  # a centre nearer to its edge than this
 ACROSS_ZONE = (0.3, 0.7)
-CENTRE_ZONE = (0.4, 0.6)
+CENTRE_ZONE = (SIDE_ZONE, 1 - SIDE_ZONE)
 MIN_RELATED = 0.12  # distance along the relation's axis, as a fraction of the side; drawn: at least 0.24
 
-CROWDED = 0.9  # several objects may be drawn this much smaller where room is short
 MATCH_WEIGHTS = {"colour": 4, "shape": 4, "position": 3, "size": 1}  # what tells objects apart, in order
 
 # Words.
@@ -76,6 +79,7 @@ MIN_LETTER = 0.5  # correlation below which a cell holds no letter
 UNREADABLE = "?"
 LETTER_REACH = 3  # pixels that a letter may lie off its cell's centre
 LETTER_BLUR = 0.8  # of the templates; sharp ones lose the corners that tell D from O once a picture is soft
+FAINT = 1.0  # a cell whose coverage varies less than this in all is empty
 CELL_MARGIN = 2  # empty rows above and below a letter that are part of its template
 
 
@@ -150,6 +154,19 @@ class _Picture:
     background: str | None
     contrast: Floats
     scale: float
+
+    @property
+    def height(self) -> int:
+        return int(self.labels.shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.labels.shape[1])
+
+    @property
+    def ground_label(self) -> int:
+        """The palette colour nearest to the background; no second paint where it shines through, as in a ring."""
+        return int(np.linalg.norm(PALETTE - self.ground, axis=1).argmin())
 
     @property
     def notable(self) -> float:
@@ -236,9 +253,7 @@ def _coverage(picture: _Picture, paint: Floats) -> Floats:
     """How much of each pixel a paint hides, if there were no other on the background."""
     axis = paint - picture.ground
     full = max(float(axis @ axis), VISIBLE**2)
-    mixed = ((picture.pixels - picture.ground) @ axis) / full
-    low, high = SOFT_EDGE
-    return np.asarray(np.clip((mixed - low) / (high - low), 0, 1), np.float32)
+    return np.asarray(np.clip((picture.pixels - picture.ground) @ axis / full, 0, 1), np.float32)
 
 
 def _components(mask: Flags, least: float) -> Iterator[Flags]:
@@ -287,7 +302,7 @@ def _painted_regions(picture: _Picture) -> Iterator[tuple[Flags, int]]:
     ]
     for component in _components(visible, picture.notable):
         main = int(_counts(picture, component).argmax())
-        areas = {i: s & component for i, s in enumerate(solid)}
+        areas = {i: s & component for i, s in enumerate(solid) if i != picture.ground_label or i == main}
         seeds = {i: a for i, a in areas.items() if i == main or a.sum() >= picture.notable}
         paint = _paint_of(picture, component, main)
         seeds = {i: a for i, a in seeds.items() if i == main or not _is_fringe(picture, a, paint)}
@@ -315,7 +330,7 @@ def _bodies(picture: _Picture, region: Flags, label: int) -> Iterator[tuple[Flag
     others = (picture.contrast > VISIBLE) & ~region
     grown = cv2.dilate(region.astype(np.uint8), OPENING).astype(bool) & ~others
     coverage = _coverage(picture, _paint_of(picture, region, label)) * grown
-    bodies = list(_components(coverage > 0.5, picture.notable))
+    bodies = list(_components(coverage > HALF, picture.notable))
     if len(bodies) == 1:
         yield bodies[0], coverage
     elif bodies:
@@ -344,7 +359,7 @@ def _necks(body: Flags, scale: float) -> Iterator[list[Flags]]:
     """Ways to part a body by wearing it down until it falls apart, least wear first."""
     depth = cv2.distanceTransform(np.pad(body, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1]
     for wear in range(1, int(depth.max()) + 1):
-        cores = list(_components(depth > wear, NOTABLE_AREA * scale**2 / 4))
+        cores = list(_components(depth > wear, NOTABLE_AREA * CORE_SHARE * scale**2))
         if 2 <= len(cores) <= MAX_PARTS:
             yield cores
 
@@ -352,7 +367,7 @@ def _necks(body: Flags, scale: float) -> Iterator[list[Flags]]:
 @functools.lru_cache(maxsize=len(SHAPES))
 def _ideal(shape: str) -> tuple[float, float]:
     """A shape's area and how far its centroid lies below its centre, at radius 1."""
-    side = int(4 * MODEL_RADIUS)
+    side = int(4 * MODEL_RADIUS)  # twice the shape's extent
     mask = scenes.shape_mask(shape, side / 2, side / 2, MODEL_RADIUS, side, side)
     below = float((mask.sum(1) * (np.arange(side) + 0.5)).sum() / mask.sum()) - side / 2
     return float(mask.sum()) / MODEL_RADIUS**2, below / MODEL_RADIUS
@@ -383,18 +398,18 @@ def _fit(coverage: Floats, colour: str | None, scale: float) -> Blob:
         unit_area, below = _ideal(shape)
         radius = math.sqrt(area / unit_area)
         guesses.append(_guess(patch, shape, x, y - below * radius, radius, FIRST_BLUR))
-    guesses.sort(key=lambda guess: -guess.likeness)
+    guesses.sort(key=_likeness, reverse=True)
     best, second = guesses[:2]
     if best.likeness < CLEAR or best.likeness - second.likeness < CLEAR_LEAD:
-        best = max((_improve(patch, g, scale) for g in guesses[:SEARCHED]), key=lambda guess: guess.likeness)
-    shape = best.shape if best.likeness >= MIN_LIKENESS else None
-    return Blob(colour, shape, best.likeness, best.x + left, best.y + top, best.radius, area)
+        best = max((_improve(patch, g, scale) for g in guesses[:SEARCHED]), key=_likeness)
+    named = best.shape if best.likeness >= MIN_LIKENESS else None
+    return Blob(colour, named, best.likeness, best.x + left, best.y + top, best.radius, area)
 
 
 def _crop(coverage: Floats) -> tuple[int, int, Floats]:
     """What is not empty of a coverage, with room for a shape that fits badly, and the corner's place."""
     rows, columns = np.nonzero(coverage.any(1))[0], np.nonzero(coverage.any(0))[0]
-    margin = max(len(rows), len(columns)) // 4 + 2
+    margin = math.ceil(max(len(rows), len(columns)) * CROP_MARGIN)
     top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
     return int(left), int(top), coverage[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
 
@@ -404,7 +419,7 @@ def _guess(patch: Floats, shape: str, x: float, y: float, radius: float, blur: f
     height, width = patch.shape
     ideal = scenes.shape_mask(shape, x, y, radius, width, height)
     if blur:
-        ideal = cv2.GaussianBlur(ideal, (0, 0), blur)
+        ideal = np.asarray(cv2.GaussianBlur(ideal, (0, 0), blur), np.float32)
     return _Guess(_correlation(patch, ideal), shape, x, y, radius, blur)
 
 
@@ -413,59 +428,64 @@ def _correlation(patch: Floats, ideal: Floats) -> float:
     flat = ideal.ravel()
     mean = float(flat.mean())
     variance = float(flat @ flat) - mean * mean * flat.size
-    return float(patch.ravel() @ flat) / math.sqrt(max(variance, 1e-6))
+    return float(patch.ravel() @ flat) / math.sqrt(max(variance, TINY))
 
 
 def _standardised(values: Floats) -> Floats:
     """Values of mean 0 and norm 1."""
     centred = values - values.mean()
-    return np.asarray(centred / max(float(np.linalg.norm(centred)), 1e-6), np.float32)
+    return np.asarray(centred / max(float(np.linalg.norm(centred)), TINY), np.float32)
 
 
 def _improve(patch: Floats, guess: _Guess, scale: float) -> _Guess:
     """Climb to the best blur, and then to the best place and radius, of a guess's shape."""
-    best = max((_try(patch, guess, blur=blur) for blur in BLURS), key=lambda g: g.likeness)
+    shape = guess.shape
+    best = max((_guess(patch, shape, guess.x, guess.y, guess.radius, blur) for blur in BLURS), key=_likeness)
     for step in (s * scale for s in SEARCH_STEPS):
         for _ in range(SEARCH_TURNS):
-            before = best.likeness
-            for axis in ("x", "y", "radius"):
-                for move in (step, -step):
-                    tried = _try(patch, best, **{axis: getattr(best, axis) + move})
-                    if tried.likeness > best.likeness:
-                        best = tried
-                        break
-            if best.likeness == before:
+            before = best
+            for right, down, wider in np.eye(3) * step:
+                ahead = _guess(patch, shape, best.x + right, best.y + down, best.radius + wider, best.blur)
+                back = _guess(patch, shape, best.x - right, best.y - down, best.radius - wider, best.blur)
+                best = max(best, ahead, back, key=_likeness)
+            if best is before:
                 break
     return best
 
 
-def _try(patch: Floats, guess: _Guess, **changes: float) -> _Guess:
-    changed = replace(guess, **changes)
-    return _guess(patch, changed.shape, changed.x, changed.y, changed.radius, changed.blur)
+def _likeness(guess: _Guess) -> float:
+    return guess.likeness
 
 
 def _check_objects(picture: _Picture, request: Request, background: Pair, faults: list[str]) -> Verdict:
     found = _blobs(picture)
     wanted = [kind for kind in request.objects for _ in range(kind.count)]
-    height, width = picture.labels.shape
     if len(found) != len(wanted):
         faults.append(f"{len(found)} objects, not {len(wanted)}: {', '.join(map(_describe, found)) or 'nothing'}")
     marks = {name: np.zeros(2, int) for name in MATCH_WEIGHTS}
-    blobs = _match(found[:MAX_BLOBS], wanted, request.relation, width, height, picture.scale)
+    blobs = _match(found[:MAX_BLOBS], wanted, request.relation, picture)
     for kind, blob in zip(wanted, blobs, strict=True):
-        for name, right in _judge(kind, blob, len(wanted) == 1, width, height, picture.scale).items():
+        for name, right in _judge(kind, blob, len(wanted) == 1, picture).items():
             marks[name] += (int(right), 1)
             if not right:
                 asked = getattr(kind, name)
                 faults.append(f"{name} of the {kind.colour} {kind.shape}: {_describe(blob)}, asked {asked}")
     if request.relation is not None:
-        right = _is_related(blobs[0], blobs[1], request.relation, width, height)
+        right = _is_related(blobs[0], blobs[1], request.relation, picture)
         marks["position"] += (int(right), 1)
         if not right:
             faults.append(f"not {request.relation}: {_describe(blobs[0])}; {_describe(blobs[1])}")
-    pairs = {name: (int(right), int(asked)) for name, (right, asked) in marks.items()}
-    count = (int(len(found) == len(wanted)), 1)
-    return Verdict(**pairs, background=background, count=count, all_right=not faults, faults=tuple(faults))
+    colour, shape, position, size = ((int(right), int(asked)) for right, asked in marks.values())
+    return Verdict(
+        colour=colour,
+        shape=shape,
+        position=position,
+        size=size,
+        background=background,
+        count=(int(len(found) == len(wanted)), 1),
+        all_right=not faults,
+        faults=tuple(faults),
+    )
 
 
 def _describe(blob: Blob | None) -> str:
@@ -475,40 +495,43 @@ def _describe(blob: Blob | None) -> str:
 
 
 def _match(
-    found: Sequence[Blob], wanted: Sequence[Wanted], relation: str | None, width: int, height: int, scale: float
+    found: Sequence[Blob], wanted: Sequence[Wanted], relation: str | None, picture: _Picture
 ) -> list[Blob | None]:
     """Which blob stands for which wanted object (None: none does), so that as much as possible is right."""
     missing = [None] * max(0, len(wanted) - len(found))
     alone = len(wanted) == 1
     worth = {
-        (i, blob): sum(MATCH_WEIGHTS[n] for n, right in _judge(o, blob, alone, width, height, scale).items() if right)
+        (i, blob): sum(MATCH_WEIGHTS[n] for n, right in _judge(o, blob, alone, picture).items() if right)
         for i, o in enumerate(wanted)
         for blob in (*found, *missing)
     }
 
-    def total(blobs: tuple[Blob | None, ...]) -> int:
-        related = relation is not None and _is_related(blobs[0], blobs[1], relation, width, height)
+    def total(chosen: Iterable[Blob | None]) -> int:
+        blobs = tuple(chosen)
+        related = relation is not None and _is_related(blobs[0], blobs[1], relation, picture)
         return sum(worth[i, blob] for i, blob in enumerate(blobs)) + MATCH_WEIGHTS["position"] * related
 
     return list(max(itertools.permutations((*found, *missing), len(wanted)), key=total))
 
 
-def _judge(kind: Wanted, blob: Blob | None, alone: bool, width: int, height: int, scale: float) -> dict[str, bool]:
+def _judge(kind: Wanted, blob: Blob | None, alone: bool, picture: _Picture) -> dict[str, bool]:
     """What was asked of an object, and whether a blob has it."""
     marks = {
         "colour": blob is not None and blob.colour == kind.colour,
         "shape": blob is not None and blob.shape == kind.shape,
     }
     if kind.position is not None:
-        marks["position"] = blob is not None and _is_at(blob, kind.position, width, height)
+        marks["position"] = blob is not None and _is_at(blob, kind.position, picture)
     if kind.size is not None:
-        marks["size"] = blob is not None and (blob.radius > _size_limit(alone) * scale) == (kind.size == "large")
+        marks["size"] = blob is not None and (blob.radius > _size_limit(alone) * picture.scale) == (
+            kind.size == "large"
+        )
     return marks
 
 
-def _is_at(blob: Blob, position: str, width: int, height: int) -> bool:
+def _is_at(blob: Blob, position: str, picture: _Picture) -> bool:
     """Whether a blob lies in a position's zone; no two zones share a point."""
-    x, y = blob.x / width, blob.y / height
+    x, y = blob.x / picture.width, blob.y / picture.height
     if position == "center":
         return all(CENTRE_ZONE[0] <= place <= CENTRE_ZONE[1] for place in (x, y))
     out, across = {"left": (x, y), "right": (1 - x, y), "top": (y, x), "bottom": (1 - y, x)}[position]
@@ -516,51 +539,54 @@ def _is_at(blob: Blob, position: str, width: int, height: int) -> bool:
     return out < SIDE_ZONE and ACROSS_ZONE[0] < across < ACROSS_ZONE[1] and outermost
 
 
-def _is_related(first: Blob | None, second: Blob | None, relation: str, width: int, height: int) -> bool:
+def _is_related(first: Blob | None, second: Blob | None, relation: str, picture: _Picture) -> bool:
     if first is None or second is None:
         return False
     right, down = first.x - second.x, first.y - second.y
     along, across, side = {
-        "left of": (-right, down, width),
-        "right of": (right, down, width),
-        "above": (-down, right, height),
-        "below": (down, right, height),
+        "left of": (-right, down, picture.width),
+        "right of": (right, down, picture.width),
+        "above": (-down, right, picture.height),
+        "below": (down, right, picture.height),
     }[relation]
     return along > abs(across) and along > MIN_RELATED * side
 
 
 def _size_limit(alone: bool) -> float:
-    """The radius between small and large on a 128-pixel canvas: amid what is left free between the two ranges."""
-    largest_small, smallest_large = scenes.RADII[alone]["small"][1], scenes.RADII[alone]["large"][0]
-    return (largest_small + smallest_large * (1.0 if alone else CROWDED)) / 2
+    """The radius amid small and large on a 128-pixel canvas; several objects may be shrunk where room is short."""
+    small, large = scenes.RADII[alone]["small"], scenes.RADII[alone]["large"]
+    return (small + large * (1.0 if alone else scenes.CROWDED_SHRINK)) / 2
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Ink:
+    """Everything notable on a background, taken for letters: its coverage (H, W) and the colours of its parts."""
+
+    coverage: Floats
+    colours: tuple[str | None, ...]
+
+
 def read_word(image: Image) -> str:
     """The word on a sign, ``?`` for each letter that cannot be read; nothing is known of what it should be."""
     picture = _measure(image)
-    ink = _ink(picture)
-    return _read(ink[1], picture) if ink is not None else ""
+    return _read(_ink(picture).coverage, picture.scale)
 
 
 def _check_sign(picture: _Picture, request: Request, background: Pair, faults: list[str]) -> Verdict:
-    word, label, surplus = "", None, False
     ink = _ink(picture)
-    if ink is not None:
-        label, coverage = ink
-        word, surplus = _read(coverage, picture), _is_surplus(coverage, picture)
+    word, surplus = _read(ink.coverage, picture.scale), _is_surplus(ink.coverage, picture)
     if word != request.word:
         faults.append(f'reads "{word}", not "{request.word}"')
     if surplus:
         faults.append("something lies beside the word")
     colour: Pair = (0, 0)
     if request.word_colour is not None:
-        named = None if ink is None else _name_ink(picture, ink[1] > 0.5, ink[0])
-        colour = (int(named == request.word_colour), 1)
+        colour = (int(set(ink.colours) == {request.word_colour}), 1)
         if not colour[0]:
-            faults.append(f"letters are {named}, not {request.word_colour}")
+            faults.append(f"letters are {', '.join(map(str, ink.colours))}, not {request.word_colour}")
     return Verdict(
         colour=colour,
         background=background,
@@ -572,17 +598,16 @@ def _check_sign(picture: _Picture, request: Request, background: Pair, faults: l
     )
 
 
-def _ink(picture: _Picture) -> tuple[int, Floats] | None:
-    """The colour and the coverage (H, W) of everything notable on the background, taken for one ink."""
+def _ink(picture: _Picture) -> _Ink:
     visible = picture.contrast > VISIBLE
-    if not visible.any():
-        return None
-    label = int(_counts(picture, visible).argmax())
-    coverage = _coverage(picture, _paint_of(picture, visible, label))
-    kept = np.zeros(coverage.shape, bool)
-    for part in _components(coverage > 0, picture.notable):
-        kept |= part
-    return (label, coverage * kept) if (coverage * kept > 0.5).any() else None
+    parts = list(_components(visible, picture.notable))
+    if not parts:
+        return _Ink(np.zeros(visible.shape, np.float32), ())
+    main = int(_counts(picture, visible).argmax())
+    coverage = _coverage(picture, _paint_of(picture, visible, main))
+    kept = cv2.dilate(np.any(parts, axis=0).astype(np.uint8), OPENING)  # with the edges, without specks
+    colours = [_name_ink(picture, part, int(_counts(picture, part).argmax())) for part in parts]
+    return _Ink(coverage * kept, tuple(colours))
 
 
 def _line(coverage: Floats, scale: float) -> tuple[int, int]:
@@ -590,7 +615,7 @@ def _line(coverage: Floats, scale: float) -> tuple[int, int]:
     height = min(math.ceil(scenes.LETTER_HEIGHT * scale), len(coverage))
     sums = np.concatenate([[0.0], np.cumsum(coverage.sum(1))])
     inside = sums[height:] - sums[:-height]
-    best = np.nonzero(inside >= inside.max() - 1e-3)[0]
+    best = np.nonzero(inside >= inside.max() - TINY)[0]
     top = int(round(float(best.mean())))
     return top, top + height
 
@@ -598,31 +623,36 @@ def _line(coverage: Floats, scale: float) -> tuple[int, int]:
 def _is_surplus(coverage: Floats, picture: _Picture) -> bool:
     """Whether there is a notable thing out of the word's line."""
     top, bottom = _line(coverage, picture.scale)
-    outside = coverage > 0.5
+    outside = coverage > HALF
     outside[max(top - LETTER_REACH, 0) : bottom + LETTER_REACH] = False
     return any(True for _ in _components(outside, picture.notable))
 
 
-def _read(coverage: Floats, picture: _Picture) -> str:
+def _read(coverage: Floats, scale: float) -> str:
     """Cut a line of ink into cells and read a letter in each."""
-    scale = picture.scale
     cell = scenes.LETTER_CELL * scale
     top, bottom = _line(coverage, scale)
-    columns = np.nonzero((coverage[top:bottom] > 0.5).any(0))[0]
+    columns = np.nonzero((coverage[top:bottom] > HALF).any(0))[0]
     if not len(columns):
         return ""
     first, last = float(columns[0]), float(columns[-1] + 1)
     narrow, wide = scenes.LETTER_STROKE * scale, scenes.LETTER_WIDTH * scale
-    # Ink reaches over the distance of the outer letters' centres and half of either, which leaves just one number.
-    count = max(1, round((last - first - (narrow + wide) / 2) / cell) + 1)
-    span = (count - 1) * cell
-    low, high = max(first + narrow / 2, last - span - wide / 2), min(first + wide / 2, last - span - narrow / 2)
-    low, high = (low, high) if low <= high else ((low + high) / 2,) * 2  # uneven letters: the middle is nearest
+    # Ink reaches over the distance of the outer letters' centres and half of either letter. That leaves one number of
+    # cells where letters are evenly set, and at most two where they are not.
+    cells = (last - first - (narrow + wide) / 2) / cell
+    counts = {max(1, math.floor(cells) + 1), max(1, math.ceil(cells) + 1)}
     scores = _letter_scores(coverage, (top + bottom) / 2, scale)
-    starts = np.arange(round(low), round(high) + 1)
-    centres = np.clip(np.round(starts[:, None] + np.arange(count) * cell).astype(int), 0, len(scores) - 1)
-    cells = scores[centres]  # (start, cell, letter)
-    best = cells[cells.max(2).sum(1).argmax()]
+    best: Floats = np.full((1, len(LETTERS)), -np.inf, np.float32)
+    for count in sorted(counts):
+        span = (count - 1) * cell
+        low, high = max(first + narrow / 2, last - span - wide / 2), min(first + wide / 2, last - span - narrow / 2)
+        low, high = (low, high) if low <= high else ((low + high) / 2,) * 2  # uneven letters: the middle is nearest
+        starts = np.arange(round(low), round(high) + 1)
+        centres = np.clip(np.round(starts[:, None] + np.arange(count) * cell).astype(int), 0, len(scores) - 1)
+        cut = scores[centres]  # (start, cell, letter)
+        candidate = cut[cut.max(2).sum(1).argmax()]
+        if candidate.max(1).mean() > best.max(1).mean():
+            best = candidate
     return "".join(LETTERS[row.argmax()] if row.max() >= MIN_LETTER else UNREADABLE for row in best)
 
 
@@ -637,7 +667,7 @@ def _letter_scores(coverage: Floats, middle: float, scale: float) -> Floats:
     windows = np.lib.stride_tricks.sliding_window_view(strip, (height, width))
     vectors = windows.reshape(-1, height * width)
     variances = np.einsum("vp,vp->v", vectors, vectors) - vectors.sum(1) ** 2 / vectors.shape[1]
-    scores = (vectors @ templates.T) / np.sqrt(np.maximum(variances, 1.0))[:, None]
+    scores = (vectors @ templates.T) / np.sqrt(np.maximum(variances, FAINT))[:, None]
     scores = scores.reshape(*windows.shape[:2], len(LETTERS)).max(0)
     reach = 2 * LETTER_REACH + 1
     return np.asarray(np.lib.stride_tricks.sliding_window_view(scores, reach, axis=0).max(2), np.float32)

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.autoencoder import Autoencoder
 from ..training.checkpoints import load_checkpoint, save_checkpoint
+from .labels import token_labels
 from .language import Request, random_request
 from .scenes import draw, lay_out
 from .train_autoencoder import pixels_from_bytes
@@ -29,10 +31,17 @@ ENCODE_BATCH = 32
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Scaled latents by canvas size: (N, C, h, w) in half precision, and the request of each."""
+    """Scenes by canvas size.
+
+    Attributes:
+        latents: Scaled latents (N, C, h, w) in half precision.
+        requests: What each scene answers.
+        labels: What lies at each of its tokens (N, tokens, questions); see ``labels``.
+    """
 
     latents: dict[tuple[int, int], Tensor]
     requests: dict[tuple[int, int], list[Request]]
+    labels: dict[tuple[int, int], Tensor]
 
 
 def request_of(seed: int, canvas: tuple[int, int], index: int) -> tuple[Request, random.Random]:
@@ -54,7 +63,7 @@ def build_latent_set(
 
     A size whose file is already in ``folder`` is taken as it is.
     """
-    latents, requests = {}, {}
+    latents, requests, labels = {}, {}, {}
     for canvas in CANVASES:
         count = native if canvas == NATIVE else others
         path = folder / f"latents-{canvas[0]}x{canvas[1]}.safetensors"
@@ -64,9 +73,12 @@ def build_latent_set(
         else:
             latents[canvas] = _encode_scenes(autoencoder, canvas, count, seed)
             save_checkpoint(path, {"latents": latents[canvas]})
-        requests[canvas] = [request_of(seed, canvas, i)[0] for i in range(len(latents[canvas]))]
+        drawn = [request_of(seed, canvas, i) for i in range(len(latents[canvas]))]
+        requests[canvas] = [request for request, _ in drawn]
+        answers = [token_labels(lay_out(request, rng, *canvas)) for request, rng in drawn]
+        labels[canvas] = torch.from_numpy(np.stack(answers))
         report(f"latents: {len(latents[canvas])} scenes of {canvas[0]}x{canvas[1]}")
-    return LatentSet(latents, requests)
+    return LatentSet(latents, requests, labels)
 
 
 @torch.inference_mode()

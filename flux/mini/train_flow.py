@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.flux1 import Flux1
@@ -34,6 +34,7 @@ from ..training.flow import TextBatch, flow_targets, predict_velocity, sample_ti
 from ..training.muon import Muon, split_parameters
 from ..weights.readers.tokenizer import ClipTokenizer, T5Tokenizer
 from .dataset import NATIVE, LatentSet
+from .labels import IGNORED, QUESTIONS
 from .language import phrase, text_of
 
 __all__ = ["FlowRecipe", "TextEncoders", "train_base", "train_guided", "train_schnell"]
@@ -45,6 +46,8 @@ Report = Callable[[str], None]
 EMPTY_SHARE = 0.1
 OTHER_SIZES_SHARE = 0.12  # of the steps, on a size other than the native one
 GRADIENT_NORM = 1.0
+TAPPED_BLOCK = 1  # the single block whose image tokens answer questions, about midway
+ANSWERS_WEIGHT = 0.2
 TIME_MEAN, TIME_DEVIATION = 0.2, 1.1  # of the logit-normal times: a little towards noise, where the layout is decided
 GUIDANCE_RANGE = (1.0, 6.0)
 SCHNELL_GUIDANCE = 3.0
@@ -96,7 +99,12 @@ class Batches:
         self.empty = encoders.encode([""])
 
     def at(self, step: int) -> tuple[Tensor, TextBatch, random.Random]:
-        """The batch of one step, a function of seed and step: a resumed run goes on as it would have."""
+        """Latents and prompts of one step; see ``labelled_at``."""
+        latents, text, _, rng = self.labelled_at(step)
+        return latents, text, rng
+
+    def labelled_at(self, step: int) -> tuple[Tensor, TextBatch, Tensor, random.Random]:
+        """The batch of one step with its labels: a function of seed and step, so that resumed runs go on unchanged."""
         rng = random.Random(f"{self.seed}/{step}")
         canvas = (
             NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice([c for c in self.data.latents if c != NATIVE])
@@ -104,7 +112,9 @@ class Batches:
         pool = self.data.latents[canvas]
         picks = [rng.randrange(len(pool)) for _ in range(self.size)]
         prompts = [text_of(phrase(self.data.requests[canvas][i], rng)) for i in picks]
-        return pool[picks].float().to(self.empty.tokens.device), self.encoders.encode(prompts), rng
+        device = self.empty.tokens.device
+        labels = self.data.labels[canvas][picks].to(device)
+        return pool[picks].float().to(device), self.encoders.encode(prompts), labels, rng
 
     def empty_batch(self, count: int) -> TextBatch:
         """The empty prompt, ``count`` times."""
@@ -119,17 +129,23 @@ def train_base(
     model = Flux1(MINI).to(device)
     initialise(model)
     batches = Batches(data, encoders, recipe.batch, f"base/{seed}")
+    head = SceneHead(MINI.hidden).to(device)
+    seen: list[Tensor] = []
+    model.single_blocks[TAPPED_BLOCK].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
     velocity = _compiled(model, recipe)
 
     def loss(step: int) -> Tensor:
-        latents, text, rng = batches.at(step)
+        latents, text, labels, rng = batches.labelled_at(step)
         drop = torch.tensor([rng.random() < EMPTY_SHARE for _ in range(len(latents))], device=device)
         text = text.select(drop, batches.empty)
         times = sample_times(len(latents), mean=TIME_MEAN, deviation=TIME_DEVIATION).to(device)
         noisy, target = flow_targets(latents, torch.randn_like(latents), times)
-        return F.mse_loss(velocity(noisy, times, text, None).float(), pack(target))
+        seen.clear()
+        error = F.mse_loss(velocity(noisy, times, text, None).float(), pack(target))
+        answers = head.loss(seen[0][:, text.tokens.shape[1] :].float(), labels)
+        return error + ANSWERS_WEIGHT * answers
 
-    return _run("base", model, loss, folder / "base.safetensors", recipe, seed, report)
+    return _run("base", model, loss, folder / "base.safetensors", recipe, seed, report, head)
 
 
 def train_guided(
@@ -209,6 +225,25 @@ def train_schnell(
     return _run("schnell", model, loss, folder / "schnell.safetensors", recipe, seed, report)
 
 
+class SceneHead(nn.Module):
+    """Answers ``labels.QUESTIONS`` from a block's image tokens; used in training only."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.sizes = tuple(QUESTIONS.values())
+        self.norm = nn.LayerNorm(hidden)
+        self.answers = nn.Linear(hidden, sum(self.sizes))
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over the questions; hidden (B, tokens, h), labels (B, tokens, questions)."""
+        logits = self.answers(self.norm(hidden)).split(self.sizes, dim=-1)
+        losses = [
+            F.cross_entropy(each.flatten(0, 1), labels[..., i].flatten().long(), ignore_index=IGNORED)
+            for i, each in enumerate(logits)
+        ]
+        return torch.stack(losses).mean()
+
+
 def initialise(model: Flux1) -> None:
     """Modulation, the guidance input and the output start at zero, so that the network starts as nothing but skips."""
     quiet = [*model.modulation_layers().values(), model.final_layer.linear]
@@ -235,7 +270,7 @@ def _compiled(model: Flux1, recipe: FlowRecipe) -> Callable[[Tensor, Tensor, Tex
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     """The blocks' matrices, modulation apart."""
-    return "_blocks." in name and parameter.ndim == 2 and "mod" not in name
+    return "_blocks." in name and parameter.ndim == 2 and not any(part in name for part in ("_mod.", "modulation."))
 
 
 def _run(
@@ -246,15 +281,19 @@ def _run(
     recipe: FlowRecipe,
     seed: int,
     report: Report,
+    helper: nn.Module | None = None,
 ) -> Flux1:
-    """The loop that all stages share: resume, step, average, save."""
-    optimizer = Muon(split_parameters(model, _is_matrix), recipe.learning_rate, weight_decay=WEIGHT_DECAY)
+    """The loop that all stages share: resume, step, average, save. ``helper`` is trained along and not averaged."""
+    helper = helper or nn.Module()
+    trained = nn.ModuleDict({"model": model, "helper": helper})
+    optimizer = Muon(split_parameters(trained, _is_matrix), recipe.learning_rate, weight_decay=WEIGHT_DECAY)
     average = Ema(model, EMA_DECAY)
     start = 0
     if path.exists():
         tensors, meta = load_checkpoint(path)
         start = int(meta["step"])
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        helper.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("helper.")})
         average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
         unpack_optimizer(optimizer, tensors, "optimizer.")
         report(f"{stage}: resumed at step {start}")
@@ -266,7 +305,7 @@ def _run(
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), GRADIENT_NORM)
         optimizer.step()
         average.update(model)
         value = float(loss.detach())
@@ -281,6 +320,7 @@ def _run(
             save_checkpoint(
                 path,
                 {f"model.{k}": v for k, v in model.state_dict().items()}
+                | {f"helper.{k}": v for k, v in helper.state_dict().items()}
                 | {f"average.{k}": v for k, v in average.weights.items()}
                 | pack_optimizer(optimizer, "optimizer."),
                 {"step": done, "stage": stage},

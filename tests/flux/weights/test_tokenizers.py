@@ -54,7 +54,8 @@ LETTERS = byte_letters()
 MERGES = (
     """
 t h|th e</w>|i n|a n|an d</w>|c a|ca t</w>|o f</w>|p h|o t|ph ot|phot o</w>|q u|qu i|c k</w>|qui ck</w>|h e|l l|he ll
-hell o</w>|' s</w>|r e</w>|' re</w>|' l|'l l</w>|. .|. .</w>|.. .</w>|! !|! !</w>|!! !!|!!!! !!!!|a a|aa aa|aaaa aaaa|d o|do g</w>
+hell o</w>|' s</w>|r e</w>|' re</w>|' l|'l l</w>|. .|. .</w>|.. .</w>|! !|! !</w>|!! !!|!!!! !!!!|a a|aa aa|aaaa aaaa
+d o|do g</w>
 b r|br o|bro w|brow n</w>|f o|fo x</w>|ov e|o v|ov er</w>|e r</w>|Ã ©|c af|ca f|caf Ã©</w>|Ã ©</w>|1 2</w>|s t|ð Ł|ðŁ Ļ
 """.replace("\n", "|")
     .strip("|")
@@ -116,7 +117,7 @@ def split_words(text):
             continue
         else:
             end = 1
-            while not kind(text[0]) == "N" and end < len(text) and kind(text[end]) == kind(text[0]):
+            while kind(text[0]) != "N" and end < len(text) and kind(text[end]) == kind(text[0]):
                 end += 1
         words.append(text[:end])
         text = text[end:]
