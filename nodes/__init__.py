@@ -1,0 +1,22 @@
+"""What ComfyUI users see of the pack: the families' nodes, joined into one extension.
+
+A node's schema needs only ``comfy_api`` and a listing of files. What does the work lies in ``bridge`` and is imported
+when a node runs, so that the pack costs a start of ComfyUI next to nothing.
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import latents, loading, sampling, text
+
+__all__ = ["NODES", "FluxFoundryExtension"]
+
+NODES: list[type[io.ComfyNode]] = [*loading.NODES, *text.NODES, *latents.NODES, *sampling.NODES]
+
+
+class FluxFoundryExtension(ComfyExtension):
+    """All nodes of the pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,149 @@
+"""A FLUX.1 transformer file to the host's MODEL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.ops
+import comfy.patcher_extension
+import comfy.supported_models
+
+from ...flux.errors import FluxFoundryError
+from ...flux.mini.files import MINI as MINI_FILES
+from ...flux.models.flux1 import Flux1
+from ...flux.pipelines.text_to_image import GRID, NATIVE_SIDE, NATIVE_SIDES
+from ...flux.sampling.packing import PATCH
+from ...flux.sampling.schedules import flux1_mu
+from ...flux.specs.autoencoder import MINI as MINI_AUTOENCODER
+from ...flux.specs.flux1 import Flux1Spec
+from ...flux.weights.readers.safetensors import SafetensorsFile
+from .compat import archive_dtypes, is_dynamic, patch, register_reload
+from .conditioning import check_widths
+from .transformer import WRAPPERS, HostFlux1, sample_with_table
+from .weights import HostLayers, Numbers, choose_numbers, open_weights
+
+__all__ = ["FoundryFlux", "load_model", "spec_of"]
+
+REFERENCE_HIDDEN = 3072  # the host's memory factor of FLUX.1 is measured at this width
+
+
+class FoundryConfig(comfy.supported_models.Flux):
+    """The host's description of a model, filled from a spec."""
+
+    unet_config: dict[str, Any] = {}
+
+    def __init__(self, spec: Flux1Spec, numbers: Numbers) -> None:
+        super().__init__(host_config(spec))
+        self.sampling_settings = sampling_settings(spec)
+        self.latent_format = latent_format(spec)
+        self.memory_usage_factor = type(self).memory_usage_factor * spec.hidden / REFERENCE_HIDDEN
+        self.set_inference_dtype(numbers.weights, numbers.cast)
+
+
+class FoundryFlux(comfy.model_base.Flux):
+    """The host's FLUX model around the engine's transformer."""
+
+    def __init__(self, spec: Flux1Spec, numbers: Numbers) -> None:
+        kind = comfy.model_base.ModelType.FLUX if spec.shifted_schedule else comfy.model_base.ModelType.FLOW
+        super().__init__(FoundryConfig(spec, numbers), model_type=kind)
+        self.spec = spec
+        operations = comfy.ops.pick_operations(numbers.weights, numbers.cast)
+        self.diffusion_model = HostFlux1(spec, HostLayers(operations, numbers), numbers.weights)
+        self.diffusion_model.eval().requires_grad_(False)
+        archive_dtypes(self.diffusion_model)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """The host's inputs of the denoiser, after a look at whether the text was encoded for this model."""
+        check_widths(self.spec, kwargs.get("cross_attn"), kwargs.get("pooled_output"))
+        kwargs.setdefault("guidance", self.spec.guidance)
+        return super().extra_conds(**kwargs)
+
+
+def load_model(path: str, dtype: str = "auto", disable_dynamic: bool = False) -> Any:
+    """Load a transformer as the host's patcher.
+
+    Args:
+        path: A safetensors file in Black Forest Labs' names.
+        dtype: Of the weights: "auto", "bf16", "fp16" or "fp32".
+        disable_dynamic: Leave the host's dynamic VRAM out, which the host asks for when it loads the model again.
+
+    Raises:
+        UserError: The file is missing, damaged or something else.
+    """
+    weights = open_weights(Path(path), "transformer", Flux1)
+    device = comfy.model_management.get_torch_device()
+    numbers = choose_numbers(weights, device, dtype)
+    model = FoundryFlux(weights.spec, numbers)
+    patcher = patch(model, device, comfy.model_management.unet_offload_device(), plain=disable_dynamic)
+    dynamic = is_dynamic(patcher)
+    state = weights.read(weights.stored if dynamic and dtype == "auto" else numbers.weights)
+    model.diffusion_model.load_state_dict(state, assign=True)
+    model.diffusion_model.requires_grad_(False)
+    patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry", sample_with_table)
+    register_reload(patcher, load_model, path, dtype)
+    return patcher
+
+
+def spec_of(patcher: Any) -> Flux1Spec | None:
+    """What a MODEL is, if this pack loaded it."""
+    return getattr(patcher.model, "spec", None) if isinstance(patcher.model, FoundryFlux) else None
+
+
+def host_config(spec: Flux1Spec) -> dict[str, Any]:
+    """The host's name for each of a spec's fields; LoRA nodes and others read them."""
+    patch_area = PATCH * PATCH
+    return {
+        "disable_unet_model_creation": True,  # we set the network ourselves
+        "image_model": "flux",
+        "in_channels": spec.in_channels // patch_area,
+        "out_channels": spec.out_channels // patch_area,
+        "patch_size": PATCH,
+        "vec_in_dim": spec.pooled_width,
+        "context_in_dim": spec.context_width,
+        "hidden_size": spec.hidden,
+        "mlp_ratio": spec.mlp_ratio,
+        "num_heads": spec.heads,
+        "depth": spec.double_blocks,
+        "depth_single_blocks": spec.single_blocks,
+        "axes_dim": list(spec.axes),
+        "theta": int(spec.theta),
+        "qkv_bias": True,
+        "guidance_embed": spec.guidance_embedding,
+    }
+
+
+def sampling_settings(spec: Flux1Spec) -> dict[str, float]:
+    """What the core's schedulers read: mu at the model's native size, or no shift at all."""
+    if not spec.shifted_schedule:
+        return {"shift": 1.0, "multiplier": 1.0}
+    side = NATIVE_SIDES.get(spec.autoencoder, NATIVE_SIDE)
+    return {"shift": flux1_mu((side // GRID) ** 2)}
+
+
+def latent_format(spec: Flux1Spec) -> Any:
+    """The host's latent space: FLUX.1's, for an embedded model with previews that fit its own autoencoder."""
+    host_format = comfy.latent_formats.Flux()
+    if spec.autoencoder != MINI_AUTOENCODER.name:
+        return host_format
+    host_format.taesd_decoder_name = None
+    colours = preview_colours(SafetensorsFile(MINI_FILES.autoencoder).metadata)
+    if colours is not None:
+        host_format.latent_rgb_factors, host_format.latent_rgb_factors_bias = colours
+    return host_format
+
+
+def preview_colours(metadata: Mapping[str, str]) -> tuple[list[list[float]], list[float]] | None:
+    """A linear map from latent channels to colours out of an autoencoder file's metadata; None where it has none."""
+    try:
+        table = json.loads(metadata["preview"])
+        return table["factors"], table["bias"]
+    except KeyError:
+        return None
+    except (TypeError, ValueError) as error:
+        raise FluxFoundryError(f"the embedded autoencoder's preview table is damaged: {error}") from error

@@ -1,0 +1,146 @@
+"""A FLUX.1 autoencoder file as the host's VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ...flux.errors import MismatchError, NumericError
+from ...flux.models.autoencoder import Autoencoder
+from ...flux.specs.autoencoder import AutoencoderSpec
+from .compat import archive_dtypes, patch, register_reload
+from .weights import open_weights
+
+__all__ = ["LATENT_OWNER", "FoundryVAE", "decode_latent", "load_vae"]
+
+LATENT_OWNER = "fluxfoundry_autoencoder"  # our key in a LATENT: the autoencoder whose space it is in
+ENCODE_BYTES, DECODE_BYTES = 1767, 2178  # working memory by pixel and byte of a number, as the host measured FLUX.1's
+REFERENCE_CHANNELS = 128
+WORKING_DTYPES = [torch.bfloat16, torch.float32]
+
+
+class HostAutoencoder(Autoencoder):
+    """``Autoencoder`` in the latent space that the host expects of a VAE: neither scaled nor shifted."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to the posterior's mean."""
+        return self.encode_mean(pixels)
+
+    def decode(self, latents: Tensor, **_: Any) -> Tensor:
+        """Back to pictures."""
+        return self.decode_mean(latents)
+
+
+class FoundryVAE(comfy.sd.VAE):
+    """The host's VAE around the engine's autoencoder.
+
+    The host's own constructor only knows its own modules, so that everything it would set is set here.
+    """
+
+    def __init__(self, module: HostAutoencoder, device: torch.device, dtype: torch.dtype) -> None:
+        spec: AutoencoderSpec = module.spec
+        self.spec, self.first_stage_model = spec, module
+        self.device, self.vae_dtype = device, dtype
+        self.output_device = comfy.model_management.intermediate_device()
+        self.downscale_ratio = self.upscale_ratio = spec.downscale
+        self.latent_channels, self.latent_dim, self.output_channels = spec.latent_channels, 2, 3
+        self.working_dtypes = WORKING_DTYPES
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+        self._set_memory(spec)
+        self._set_unused()
+        archive_dtypes(module)
+        offload = comfy.model_management.vae_offload_device()
+        self.disable_offload = True  # plain torch layers: loaded whole or not at all
+        self.patcher = patch(module, device, offload, plain=True)
+        self.size = None
+        self.model_size()
+
+    def _set_memory(self, spec: AutoencoderSpec) -> None:
+        share = spec.base_channels / REFERENCE_CHANNELS
+        bytes_of = comfy.model_management.dtype_size
+        area = spec.downscale**2
+        self.memory_used_encode = lambda shape, dtype: ENCODE_BYTES * share * shape[2] * shape[3] * bytes_of(dtype)
+        self.memory_used_decode = lambda shape, dtype: (
+            DECODE_BYTES * share * shape[2] * shape[3] * area * bytes_of(dtype)
+        )
+
+    def _set_unused(self) -> None:
+        """What only other families' VAEs use, but the host reads of every one."""
+        self.crop_input, self.handles_tiling, self.not_video = True, False, False
+        self.pad_channel_value = self.format_encoded = self.extra_1d_channel = None
+        self.downscale_index_formula = self.upscale_index_formula = None
+        self.audio_sample_rate = 44100
+
+    def decode(self, samples_in: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Latents to IMAGE.
+
+        Raises:
+            MismatchError: The latents have another number of channels.
+        """
+        check_channels(samples_in, self.latent_channels, self.spec.name)
+        return super().decode(samples_in, *args, **kwargs)
+
+
+def load_vae(path: str, disable_dynamic: bool = False) -> FoundryVAE:
+    """Load an autoencoder as the host's VAE.
+
+    Args:
+        path: A safetensors file in Black Forest Labs' names.
+        disable_dynamic: Takes no effect: it never uses dynamic VRAM.
+
+    Raises:
+        UserError: The file is missing, damaged or something else.
+    """
+    del disable_dynamic
+    weights = open_weights(Path(path), "autoencoder", Autoencoder)
+    device = comfy.model_management.vae_device()
+    dtype = comfy.model_management.vae_dtype(device, WORKING_DTYPES)
+    with torch.device("meta"):
+        module = HostAutoencoder(weights.spec)
+    module.load_state_dict(weights.read(dtype), assign=True)
+    vae = FoundryVAE(module.eval().requires_grad_(False), device, dtype)
+    register_reload(vae.patcher, load_vae_patcher, path)
+    return vae
+
+
+def load_vae_patcher(path: str, disable_dynamic: bool = False) -> Any:
+    """The patcher of ``load_vae``, which the host asks for when it loads the autoencoder again."""
+    return load_vae(path, disable_dynamic).patcher
+
+
+def decode_latent(vae: Any, latent: dict[str, Any]) -> Tensor:
+    """A LATENT to an IMAGE with any VAE.
+
+    Raises:
+        MismatchError: The latent is another autoencoder's.
+        NumericError: The picture is not finite.
+    """
+    samples, owner = latent["samples"], latent.get(LATENT_OWNER)
+    own = getattr(vae, "spec", None)
+    if isinstance(own, AutoencoderSpec) and owner not in (None, own.name):
+        raise MismatchError(
+            f"this LATENT was made for the autoencoder {owner}, but the VAE is {own.name}; load {owner}"
+        )
+    check_channels(samples, getattr(vae, "latent_channels", samples.shape[1]), "this VAE")
+    images: Tensor = vae.decode(samples)
+    if not bool(torch.isfinite(images).all()):
+        raise NumericError(
+            "the decoded picture has numbers that are not finite; the latent or the VAE's file is damaged, or the VAE "
+            "overflows its number format: start ComfyUI with --fp32-vae"
+        )
+    return images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images
+
+
+def check_channels(samples: Tensor, wanted: int, title: str) -> None:
+    """Refuse latents with another number of channels."""
+    if samples.shape[1] != wanted:
+        raise MismatchError(
+            f"the LATENT has {samples.shape[1]} channels, but {title} takes {wanted}; it comes from another model "
+            "family: sample it with a FLUX.1 model, or use that family's VAE"
+        )

@@ -1,0 +1,120 @@
+"""What recurs in schemas: categories, and inputs that several nodes share, defined once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from comfy_api.latest import io
+
+from ..flux.sampling.noise import SEEDS
+from ..flux.sampling.schedules import MAX_STEPS, SCHEDULES
+from ..flux.sampling.solvers import SOLVERS
+
+__all__ = [
+    "ROOT",
+    "batch_size",
+    "denoise",
+    "dtype",
+    "guidance",
+    "schedule",
+    "schema",
+    "seed",
+    "side",
+    "solver",
+    "steps",
+]
+
+ROOT = "FLUX Foundry"
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+MAX_SIDE = 2048
+MAX_BATCH = 64
+
+
+def schema(**fields: object) -> io.Schema:
+    """An ``io.Schema`` of the given fields, without those that an older host does not know (``search_aliases``)."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(**{name: value for name, value in fields.items() if name in known})
+
+
+def seed() -> io.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=SEEDS - 1,
+        control_after_generate=True,
+        tooltip="Where the starting noise comes from: the same seed and settings give the same picture. Picture k of a "
+        "batch is drawn from seed + k, so that it equals a run of its own with that seed.",
+    )
+
+
+def steps(tooltip: str = "") -> io.Input:
+    return io.Int.Input(
+        "steps",
+        default=20,
+        min=1,
+        max=MAX_STEPS,
+        tooltip="How many steps lead from noise to the picture. More is slower and finer. FLUX.1 [dev] takes 20 to 50, "
+        f"[schnell] 4, the embedded model 16, its schnell 4.{tooltip}",
+    )
+
+
+def guidance(default: float, tooltip: str) -> io.Input:
+    return io.Float.Input("guidance", default=default, min=0.0, max=100.0, step=0.1, round=0.001, tooltip=tooltip)
+
+
+def schedule(tooltip: str = "") -> io.Input:
+    return io.Combo.Input(
+        "schedule",
+        options=list(SCHEDULES),
+        default="flux",
+        tooltip="How the steps are spread between noise and picture. flux: as the model was trained, shifted by the "
+        "picture's size; simple and beta: ComfyUI's schedules of those names with the same shift; linear: even steps "
+        f"without a shift.{tooltip}",
+    )
+
+
+def solver() -> io.Input:
+    return io.Combo.Input(
+        "solver",
+        options=list(SOLVERS),
+        default="euler",
+        tooltip="How a step is computed. euler: one model run a step, the reference; heun: two runs, finer at few "
+        "steps; dpmpp_2m: one run, uses the step before; dpmpp_2m_snr: the same on the paper's time scale.",
+    )
+
+
+def denoise(tooltip: str = "") -> io.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="How much of the incoming latent to make anew: 1 starts from pure noise, 0.5 keeps the layout of a "
+        f"picture, 0 changes nothing. Below 1 give an encoded picture, not an empty latent.{tooltip}",
+    )
+
+
+def dtype() -> io.Input:
+    return io.Combo.Input(
+        "dtype",
+        options=list(DTYPES),
+        default="auto",
+        tooltip="Number format that the weights are kept in. auto: as the file has them, or what the device prefers; "
+        "bf16 and fp16 take half of fp32's memory. What the device cannot compute in is widened while it is used.",
+    )
+
+
+def side(name: str, tooltip: str, default: int = 1024) -> io.Input:
+    return io.Int.Input(name, default=default, min=16, max=MAX_SIDE, step=16, tooltip=tooltip)
+
+
+def batch_size() -> io.Input:
+    return io.Int.Input(
+        "batch_size",
+        default=1,
+        min=1,
+        max=MAX_BATCH,
+        tooltip="How many pictures to make in one run. Memory grows with it.",
+    )

@@ -1,0 +1,120 @@
+"""Nodes that the host tests put beside the pack: they look inside a run, or do what a user's mistake would do."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.text_encoders.flux
+import torch
+from comfy_api.latest import ComfyExtension, io
+
+KEY = "fluxfoundry"  # of the pack's sampling wrapper
+
+
+class ProbeConditioning(io.ComfyNode):
+    """Text conditioning of any width, as another model family's encoders would give."""
+
+    @classmethod
+    def define_schema(cls):
+        sides = [io.Int.Input(name, default=8) for name in ("width", "pooled", "length")]
+        return io.Schema("ProbeConditioning", category="probe", inputs=sides, outputs=[io.Conditioning.Output()])
+
+    @classmethod
+    def execute(cls, width, pooled, length):
+        return io.NodeOutput([[torch.zeros(1, length, width), {"pooled_output": torch.zeros(1, pooled)}]])
+
+
+class ProbeCompare(io.ComfyNode):
+    """Reports how far two latents lie apart, everywhere and where a mask keeps."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Latent.Input("a"), io.Latent.Input("b"), io.Mask.Input("mask", optional=True)]
+        return io.Schema("ProbeCompare", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, a, b, mask=None):
+        a, b = a["samples"], b["samples"]
+        difference = (a - b).abs()
+        report = {"largest": float(difference.max()), "equal": torch.equal(a, b), "spread": float(a.std())}
+        if mask is not None:
+            kept = comfy.sampler_helpers.prepare_mask(mask, a.shape, a.device) == 0
+            report |= {"kept": int(kept.sum()), "kept_largest": float(difference[kept].max())}
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
+class ProbePick(io.ComfyNode):
+    """One picture of a batch, as a batch of its own."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Latent.Input("latent"), io.Int.Input("index", default=0)]
+        return io.Schema("ProbePick", category="probe", inputs=inputs, outputs=[io.Latent.Output()])
+
+    @classmethod
+    def execute(cls, latent, index):
+        return io.NodeOutput({"samples": latent["samples"][index : index + 1]})
+
+
+class ProbeForeignLatent(io.ComfyNode):
+    """A latent of a model whose autoencoder is not the embedded one."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("ProbeForeignLatent", category="probe", inputs=[], outputs=[io.Latent.Output()])
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput({"samples": torch.ones(1, 16, 16, 16), "fluxfoundry_autoencoder": "flux1-ae"})
+
+
+class ProbeTokens(io.ComfyNode):
+    """A text's tokens by the pack's tokenizers of real encoders, and by the host's own."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.String.Input("text")]
+        return io.Schema("ProbeTokens", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, text):
+        [pack] = [name for name in sys.modules if name.replace("\\", "/").endswith("/custom_nodes/fluxfoundry")]
+        bridge, specs = (importlib.import_module(f"{pack}.{name}") for name in ("nodes.bridge.clip", "flux.specs.text"))
+        ours = bridge.real_or_embedded_tokenizers(specs.CLIP_L, specs.T5_XXL, 256).tokenize_with_weights(text)
+        theirs = comfy.text_encoders.flux.FluxTokenizer().tokenize_with_weights(text)
+        return io.NodeOutput(ui={"report": [json.dumps({"ours": ours, "theirs": theirs})]})
+
+
+class ProbeModel(io.ComfyNode):
+    """A MODEL with something done to it."""
+
+    @classmethod
+    def define_schema(cls):
+        options = ["direct", "identity blocks", "nan"]
+        inputs = [io.Model.Input("model"), io.Combo.Input("what", options=options)]
+        return io.Schema("ProbeModel", category="probe", inputs=inputs, outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model, what):
+        model = model.clone()
+        if what == "direct":
+            model.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, KEY)
+        if what == "identity blocks":
+            for kind in ("double_block", "single_block"):
+                model.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", kind, 0)
+        if what == "nan":
+            model.set_model_unet_function_wrapper(lambda apply, args: torch.full_like(args["input"], torch.nan))
+        return io.NodeOutput(model)
+
+
+class Probes(ComfyExtension):
+    async def get_node_list(self):
+        return [ProbeConditioning, ProbeCompare, ProbePick, ProbeModel, ProbeForeignLatent, ProbeTokens]
+
+
+async def comfy_entrypoint():
+    return Probes()

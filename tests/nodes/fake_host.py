@@ -1,0 +1,89 @@
+"""As much of ComfyUI as a schema needs: ``comfy_api.latest`` and a ``folder_paths`` with three files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+__all__ = ["FILES", "modules"]
+
+FILES = {
+    "diffusion_models": ["flux1-dev.safetensors", "sub/flux1-schnell.sft", "old.ckpt"],
+    "text_encoders": ["clip_l.safetensors", "t5xxl_fp16.safetensors"],
+    "vae": ["ae.safetensors"],
+}
+TYPES = (
+    "Boolean", "Clip", "Combo", "Conditioning", "Float", "Image", "Int", "Latent", "Mask", "Model", "Sigmas", "String",
+    "Vae",
+)  # fmt: skip
+COMMON = {"display_name", "optional", "tooltip"}
+OPTIONS = {
+    "Combo": {"options", "default"},
+    "Float": {"default", "min", "max", "step", "round", "force_input"},
+    "Int": {"default", "min", "max", "step", "control_after_generate", "force_input"},
+    "String": {"default", "multiline", "dynamic_prompts", "placeholder", "force_input"},
+}
+
+
+class Input:
+    """One input; an option that the oldest supported host does not know is refused."""
+
+    def __init__(self, kind: str, id: str, **options: Any) -> None:
+        unknown = options.keys() - COMMON - OPTIONS.get(kind, set())
+        assert not unknown, f"{kind}.Input({id!r}) does not take {unknown}"
+        self.kind, self.id, self.options = kind, id, options
+
+    def __getattr__(self, name: str) -> Any:
+        return self.options.get(name)
+
+
+class Output:
+    def __init__(self, kind: str, id: str | None = None, display_name: str = "", tooltip: str = "") -> None:
+        self.kind, self.id, self.display_name, self.tooltip = kind, id, display_name, tooltip
+
+
+@dataclasses.dataclass
+class Schema:
+    """The fields of ComfyUI 0.9's, the oldest that the pack supports: no ``search_aliases``."""
+
+    node_id: str
+    display_name: str = ""
+    category: str = "sd"
+    inputs: list[Input] = dataclasses.field(default_factory=list)
+    outputs: list[Output] = dataclasses.field(default_factory=list)
+    description: str = ""
+    is_output_node: bool = False
+
+
+class NodeOutput:
+    def __init__(self, *result: Any) -> None:
+        self.result = result
+
+
+class ComfyNode:
+    pass
+
+
+def _type(kind: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        Input=lambda id, **options: Input(kind, id, **options), Output=lambda **options: Output(kind, **options)
+    )
+
+
+def modules(folder: Path) -> dict[str, ModuleType]:
+    """Modules by name; files lie in ``folder`` below their key."""
+    io = SimpleNamespace(Schema=Schema, NodeOutput=NodeOutput, ComfyNode=ComfyNode, Input=Input, Output=Output)
+    vars(io).update({kind: _type(kind) for kind in TYPES})
+    api, latest, paths = ModuleType("comfy_api"), ModuleType("comfy_api.latest"), ModuleType("folder_paths")
+    vars(latest).update(io=io, ComfyExtension=type("ComfyExtension", (), {}))
+    vars(api).update(latest=latest)
+
+    def full_path(key: str, name: str) -> str:
+        if name not in FILES[key]:
+            raise FileNotFoundError(name)
+        return str(folder / key / name)
+
+    vars(paths).update(get_filename_list=lambda key: list(FILES[key]), get_full_path_or_raise=full_path)
+    return {"comfy_api": api, "comfy_api.latest": latest, "folder_paths": paths}
