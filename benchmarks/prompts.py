@@ -25,7 +25,7 @@ from flux.pipelines.text_to_image import FluxModel, decode, plan_sigmas
 from flux.pipelines.text_to_image import Request as Settings
 from flux.sampling.noise import draw_noise
 
-__all__ = ["Report", "main", "measure"]
+__all__ = ["Report", "main", "measure", "table"]
 
 MODELS = {"mini": MINI, "mini-schnell": MINI_SCHNELL}
 SIDE = 128
@@ -33,6 +33,10 @@ CELLS = SIDE // 8
 SEED = 2_026
 BATCH = 16  # prompts that walk side by side; they do not touch each other
 FAULTS_SHOWN = 12
+BARS: dict[str, int | None] = {
+    "colour": 98, "shape": 95, "position": 97, "all": 90, "words of 3-4 letters": 85,
+    "size": None, "count": None, "background": None, "words": None,
+}  # fmt: skip
 
 
 @dataclass
@@ -84,6 +88,18 @@ def draw_group(model: FluxModel, prompts: list[str], seed: int) -> Tensor:
     noise = draw_noise((spec.latent_channels, CELLS, CELLS), [seed + i for i in range(len(prompts))])
     sigmas = plan_sigmas(spec, Settings(prompt=""), (SIDE // 16) ** 2)
     return decode(model, denoise(model.transformer, together, noise, sigmas, guidance=spec.guidance))
+
+
+def table(count: int, names: list[str] | None = None) -> str:
+    """Rates of the embedded models as Markdown, beside their bars."""
+    reports = [measure(name, count) for name in names or sorted(MODELS)]
+    rates = [report.tally.rates() for report in reports]
+    rows = [f"| | {' | '.join(r.model for r in reports)} | bar (mini) |", f"|---|{'---|' * len(reports)}---|"]
+    for kind, bar in BARS.items():
+        cells = " | ".join(f"{100 * rate.get(kind, 0.0):.1f} %" for rate in rates)
+        rows.append(f"| {kind} | {cells} | {f'≥ {bar} %' if bar else ''} |")
+    seconds = ", ".join(f"{r.model} {r.seconds / count:.2f} s" for r in reports)
+    return "\n".join((*rows, "", f"{count} held-out prompts a model, 128x128, defaults; time a picture: {seconds}."))
 
 
 def main(arguments: list[str] | None = None) -> int:

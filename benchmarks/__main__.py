@@ -1,0 +1,97 @@
+"""Every table that the project publishes: ``python -m benchmarks`` (or ``make bench``).
+
+``--quick`` leaves the two slow ones out: the prompts of the embedded models, and the step beside diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from flux.mini.files import FOLDER, MINI
+from flux.mini.train_autoencoder import psnr_on_fresh_scenes
+from flux.models.autoencoder import Autoencoder
+from flux.pipelines.parts import open_autoencoder
+from flux.version import VERSION
+from flux.weights.readers.safetensors import SafetensorsFile
+
+from . import prompts, startup, transformer
+
+__all__ = ["main"]
+
+TABLES = Path(__file__).resolve().parent / "tables"
+PSNR_SCENES = 200
+PSNR_BAR = 34.0
+MB = 1e6
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables, and keep them in ``benchmarks/tables`` if asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="only what takes seconds")
+    parser.add_argument("--count", type=int, default=600, help="prompts for each embedded model (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help=f"keep the tables in {TABLES.parent.name}/{TABLES.name}")
+    options = parser.parse_args(arguments)
+    parts = {"environment": environment, "embedded": embedded, "startup": startup.table}
+    if not options.quick:
+        parts["prompts"] = lambda: prompts.table(options.count)
+        parts["transformer"] = transformer.table
+    for name, make in parts.items():
+        text = make()
+        sys.stdout.write(f"## {name}\n\n{text}\n\n")
+        sys.stdout.flush()
+        if options.write:
+            TABLES.mkdir(exist_ok=True)
+            (TABLES / f"{name}.md").write_text(f"{text}\n", encoding="utf-8")
+    return 0
+
+
+def environment() -> str:
+    """Where and when the figures were taken."""
+    return (
+        f"FLUX Foundry {VERSION}, torch {torch.__version__}, Python {platform.python_version()}, {_processor()}, "
+        f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def embedded() -> str:
+    """Sizes of the embedded files, and the autoencoder's fidelity on fresh scenes."""
+    rows = []
+    for path in sorted(FOLDER.glob("*.safetensors")):
+        count = sum(math.prod(entry.shape) for entry in SafetensorsFile(path).values())
+        rows.append(f"| {path.name} | {count / MB:.2f} M | {path.stat().st_size / MB:.2f} MB |")
+    total = sum(p.stat().st_size for p in FOLDER.iterdir() if p.is_file())
+    part = open_autoencoder(MINI.autoencoder, torch.device("cpu"), torch.float32)
+    with part.resident() as autoencoder:
+        assert isinstance(autoencoder, Autoencoder)
+        psnr = psnr_on_fresh_scenes(autoencoder, PSNR_SCENES)
+    return "\n".join(
+        (
+            "| file | parameters | size |",
+            "|---|---|---|",
+            *rows,
+            f"| all files | | **{total / MB:.2f} MB** |",
+            "",
+            f"Autoencoder on {PSNR_SCENES} scenes that training never drew: **{psnr:.2f} dB** PSNR "
+            f"(bar: {PSNR_BAR:.0f}).",
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
