@@ -20,11 +20,13 @@ __all__ = ["IGNORED", "QUESTIONS", "TOKEN", "token_labels"]
 
 TOKEN = 16  # pixels that a token covers along each side
 IGNORED = 255  # where a question has no answer
+NOTHING, OBJECT, LETTER = range(3)
 FARTHEST = 4  # lattice steps from a token to the middle of its thing
 QUESTIONS = {
     "background": len(COLOURS),
-    "shape": len(SHAPES) + 1,
-    "letter": len(LETTERS) + 1,
+    "kind": 3,
+    "shape": len(SHAPES),
+    "letter": len(LETTERS),
     "colour": len(COLOURS),
     "across": 2 * FARTHEST + 1,
     "down": 2 * FARTHEST + 1,
@@ -37,11 +39,11 @@ Box = tuple[float, float, float, float, str, str, str]  # x, y, half width, half
 
 
 def token_labels(scene: Scene) -> Labels:
-    """Answers (rows * columns, questions) in the order of ``QUESTIONS``; 0 is "none" for shape and letter."""
+    """Answers (rows * columns, questions) in the order of ``QUESTIONS``; ``IGNORED`` where one does not apply."""
     rows, columns = scene.height // TOKEN, scene.width // TOKEN
     labels = np.full((rows, columns, len(QUESTIONS)), IGNORED, np.uint8)
     labels[..., 0] = COLOURS.index(scene.background)
-    labels[..., 1:3] = 0
+    labels[..., 1] = NOTHING
     most = np.zeros((rows, columns))
     centre_y, centre_x = (TOKEN * (np.arange(n) + 0.5) for n in (rows, columns))
     for x, y, half_width, half_height, shape, letter, colour in _boxes(scene):
@@ -50,11 +52,12 @@ def token_labels(scene: Scene) -> Labels:
         covered = down[:, None] * across[None, :]
         mine = covered > most
         most = np.maximum(most, covered)
-        labels[mine, 1] = SHAPES.index(shape) + 1 if shape else 0
-        labels[mine, 2] = LETTERS.index(letter) + 1 if letter else 0
-        labels[mine, 3] = COLOURS.index(colour)
-        labels[..., 4] = np.where(mine, _steps(x - centre_x)[None, :], labels[..., 4])
-        labels[..., 5] = np.where(mine, _steps(y - centre_y)[:, None], labels[..., 5])
+        labels[mine, 1] = OBJECT if shape else LETTER
+        labels[mine, 2] = SHAPES.index(shape) if shape else IGNORED
+        labels[mine, 3] = LETTERS.index(letter) if letter else IGNORED
+        labels[mine, 4] = COLOURS.index(colour)
+        labels[..., 5] = np.where(mine, _steps(x - centre_x)[None, :], labels[..., 5])
+        labels[..., 6] = np.where(mine, _steps(y - centre_y)[:, None], labels[..., 6])
     return labels.reshape(rows * columns, len(QUESTIONS))
 
 

@@ -47,7 +47,7 @@ EMPTY_SHARE = 0.1
 OTHER_SIZES_SHARE = 0.12  # of the steps, on a size other than the native one
 GRADIENT_NORM = 1.0
 TAPPED_BLOCK = 1  # the single block whose image tokens answer questions, about midway
-ANSWERS_WEIGHT = 0.2
+ANSWERS_WEIGHT = 0.5
 TIME_MEAN, TIME_DEVIATION = 0.2, 1.1  # of the logit-normal times: a little towards noise, where the layout is decided
 GUIDANCE_RANGE = (1.0, 6.0)
 SCHNELL_GUIDANCE = 3.0
@@ -237,10 +237,11 @@ class SceneHead(nn.Module):
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy over the questions; hidden (B, tokens, h), labels (B, tokens, questions)."""
         logits = self.answers(self.norm(hidden)).split(self.sizes, dim=-1)
-        losses = [
-            F.cross_entropy(each.flatten(0, 1), labels[..., i].flatten().long(), ignore_index=IGNORED)
-            for i, each in enumerate(logits)
-        ]
+        losses = []
+        for each, answers in zip(logits, labels.long().unbind(-1), strict=True):
+            entropy = F.cross_entropy(each.flatten(0, 1), answers.flatten(), ignore_index=IGNORED, reduction="sum")
+            # Each over its own tokens, so that the few letters count as much as the wide background.
+            losses.append(entropy / (answers != IGNORED).sum().clamp(min=1))
         return torch.stack(losses).mean()
 
 
