@@ -36,6 +36,7 @@ PALETTE = np.asarray([scenes.PALETTE[name] for name in NAMES], np.float32)
 
 # Colours. Orange and yellow are the nearest pair of the palette, 80 apart in RGB.
 HALF = 0.5  # the coverage at an edge
+LEAST_RADIUS = 0.5  # that a fit may shrink to; specks that fit nothing would shrink it below zero
 TINY = 1e-6  # keeps divisions and ties finite
 BORDER = 3  # the drawing rules keep this frame almost free of objects
 BORDER_SHARE = 0.6  # of the frame must have one colour for it to count as the background's
@@ -417,6 +418,7 @@ def _crop(coverage: Floats) -> tuple[int, int, Floats]:
 def _guess(patch: Floats, shape: str, x: float, y: float, radius: float, blur: float) -> _Guess:
     """Compare a patch, of mean 0 and norm 1, with a shape at a place."""
     height, width = patch.shape
+    radius = max(radius, LEAST_RADIUS)
     ideal = scenes.shape_mask(shape, x, y, radius, width, height)
     if blur:
         ideal = np.asarray(cv2.GaussianBlur(ideal, (0, 0), blur), np.float32)

@@ -10,7 +10,7 @@ import random
 import string
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from ..specs.text import CLIP_MINI
 from .language import phrase, random_request, text_of
@@ -45,7 +45,13 @@ def build_tokenizer(path: Path) -> Tokenizer:
     assert len(dict(pieces)) <= min(CLIP_MINI.bos, CLIP_MINI.eos), len(dict(pieces))
     tokenizer = Tokenizer(models.Unigram(list(dict(pieces).items()), unk_id=2, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace("“", '"'), normalizers.Replace("”", '"'), normalizers.Strip()]
+        [
+            normalizers.NFKC(),
+            normalizers.Replace("“", '"'),
+            normalizers.Replace("”", '"'),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="always")
     path.parent.mkdir(parents=True, exist_ok=True)

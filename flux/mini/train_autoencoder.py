@@ -41,6 +41,7 @@ SQUARED_WEIGHT = 4.0  # of L2 beside L1
 CANVASES = ((128, 128), (128, 128), (128, 128), (96, 96), (160, 128), (192, 192))
 CROPS_PER_SCENE = 2
 GRADIENT_NORM = 1.0
+SEED_STRIDE = 1_000_003  # between the seeds of two runs, more than any run has steps
 EVENING_BATCH, EVENING_BATCHES, EVENING_SIDE = 32, 16, 96  # scenes that the latents' spread is measured on
 
 
@@ -108,7 +109,7 @@ def train_autoencoder(
         tensors, meta = load_checkpoint(checkpoint)
         start = int(meta["step"])
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
+        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average.")}, int(meta["updates"]))
         unpack_optimizer(optimizer, tensors, "optimizer.")
         report(f"autoencoder: resumed at step {start}")
     last = recipe.joint_steps + recipe.decoder_steps
@@ -122,7 +123,8 @@ def train_autoencoder(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe)
         model.encoder.requires_grad_(joint)
-        # A stream of its own for each step: a resumed run draws what an unbroken one would have.
+        # Streams of their own for each step: a resumed run draws what an unbroken one would have.
+        torch.manual_seed(seed * SEED_STRIDE + step)
         batch = crops(random.Random(f"{seed}/{step}"), recipe.batch, recipe.crop).to(device)
         loss, error = _loss(model, batch, joint=joint)
         optimizer.zero_grad(set_to_none=True)
@@ -140,7 +142,7 @@ def train_autoencoder(
                 {f"model.{k}": v for k, v in model.state_dict().items()}
                 | {f"average.{k}": v for k, v in average.weights.items()}
                 | pack_optimizer(optimizer, "optimizer."),
-                {"step": done, "joint_steps": recipe.joint_steps},
+                {"step": done, "joint_steps": recipe.joint_steps, "updates": average.updates},
             )
     average.copy_to(model)
     return model.eval()

@@ -36,6 +36,7 @@ from ..weights.readers.tokenizer import ClipTokenizer, T5Tokenizer
 from .dataset import NATIVE, LatentSet
 from .labels import IGNORED, QUESTIONS
 from .language import phrase, text_of
+from .train_autoencoder import SEED_STRIDE
 
 __all__ = ["FlowRecipe", "TextEncoders", "train_base", "train_guided", "train_schnell"]
 
@@ -53,7 +54,7 @@ GUIDANCE_RANGE = (1.0, 6.0)
 SCHNELL_GUIDANCE = 3.0
 SCHNELL_SUBSTEPS = 4  # teacher steps for each of the student's
 SCHNELL_STEPS = 4
-EMA_DECAY = 0.999
+EMA_DECAY = 0.995  # about the last 200 steps: while it still learns fast, older weights pull it back
 WARM_UP = 100
 WEIGHT_DECAY = 0.01
 
@@ -131,7 +132,7 @@ def train_base(
     batches = Batches(data, encoders, recipe.batch, f"base/{seed}")
     head = SceneHead(MINI.hidden).to(device)
     seen: list[Tensor] = []
-    model.single_blocks[TAPPED_BLOCK].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
+    tap = model.single_blocks[TAPPED_BLOCK].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
     velocity = _compiled(model, recipe)
 
     def loss(step: int) -> Tensor:
@@ -145,7 +146,10 @@ def train_base(
         answers = head.loss(seen[0][:, text.tokens.shape[1] :].float(), labels)
         return error + ANSWERS_WEIGHT * answers
 
-    return _run("base", model, loss, folder / "base.safetensors", recipe, seed, report, head)
+    try:
+        return _run("base", model, loss, folder / "base.safetensors", recipe, seed, report, head)
+    finally:
+        tap.remove()
 
 
 def train_guided(
@@ -295,14 +299,14 @@ def _run(
         start = int(meta["step"])
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         helper.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("helper.")})
-        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
+        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average.")}, int(meta["updates"]))
         unpack_optimizer(optimizer, tensors, "optimizer.")
         report(f"{stage}: resumed at step {start}")
     began, recent = time.monotonic(), 0.0
     for step in range(start, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _rate(step, recipe)
-        torch.manual_seed(seed * 1_000_003 + step)
+        torch.manual_seed(seed * SEED_STRIDE + step)
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -324,7 +328,7 @@ def _run(
                 | {f"helper.{k}": v for k, v in helper.state_dict().items()}
                 | {f"average.{k}": v for k, v in average.weights.items()}
                 | pack_optimizer(optimizer, "optimizer."),
-                {"step": done, "stage": stage},
+                {"step": done, "stage": stage, "updates": average.updates},
             )
     average.copy_to(model)
     return model.eval()

@@ -38,7 +38,7 @@ class Ema:
         for name, parameter in module.named_parameters():
             parameter.copy_(self.weights[name])
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take up an average that was saved; its warm-up is over."""
+    def load(self, weights: Mapping[str, Tensor], updates: int) -> None:
+        """Take up an average that was saved after ``updates`` updates."""
         self.weights = {name: weights[name].clone() for name in self.weights}
-        self.updates = 1_000_000
+        self.updates = updates

@@ -125,9 +125,10 @@ class Muon(Optimizer):
         torch._foreach_lerp_(means, gradients, 1 - first)
         torch._foreach_mul_(squares, second)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
-        step = float(self.state[parameters[0]]["step"])
-        denominators = torch._foreach_sqrt(torch._foreach_div(squares, 1 - second**step))
+        # Each parameter's own count: one that got its first gradient late is corrected like a young one.
+        steps = [float(self.state[p]["step"]) for p in parameters]
+        denominators = torch._foreach_sqrt(torch._foreach_div(squares, [1 - second**step for step in steps]))
         torch._foreach_add_(denominators, group["eps"])
         tensors: list[Tensor] = list(parameters)
         torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(tensors, means, denominators, -group["lr"] / (1 - first**step))
+        torch._foreach_addcdiv_(tensors, means, denominators, [-group["lr"] / (1 - first**step) for step in steps])

@@ -235,3 +235,14 @@ def test_a_tally_leaves_out_what_was_never_asked():
     assert rates["colour of words"] == 0.5
     assert "colour" not in rates
     assert "words of 3-4 letters" in tally.table()
+
+
+def test_what_is_like_no_shape_is_judged_and_not_a_fault() -> None:
+    """A barely trained model draws anything; the checker must say what is wrong with it, whatever it is."""
+    request = Request(objects=(Wanted("circle", "red"),))
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(size=(128, 128, 3)).astype(np.float32)
+        soft = cv2.GaussianBlur(noise, (0, 0), 9)
+        soft = (soft - soft.min()) / (soft.max() - soft.min())
+        picture = np.where(soft[..., :1] > 0.62, 255 * soft, 246).astype(np.uint8)
+        assert not check(cv2.GaussianBlur(picture, (0, 0), 1.2), request).all_right

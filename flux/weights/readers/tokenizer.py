@@ -154,13 +154,7 @@ def _read_json(file: Path, kind: str) -> Tokenizer:
 def _clip_bpe(folder: Path) -> Tokenizer:
     try:
         vocabulary, merges = models.BPE.read_file(*(str(folder / name) for name in CLIP_FILES))
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        raise FileError(
-            f"{' and '.join(CLIP_FILES)} in {folder} are not a tokenizer that can be read ({error}); "
-            "download them again"
-        ) from error
-    tokenizer = Tokenizer(
-        models.BPE(
+        model = models.BPE(
             vocab=vocabulary,
             merges=merges,
             continuing_subword_prefix="",
@@ -168,7 +162,12 @@ def _clip_bpe(folder: Path) -> Tokenizer:
             fuse_unk=False,
             unk_token="<|endoftext|>",
         )
-    )
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise FileError(
+            f"{' and '.join(CLIP_FILES)} in {folder} are not a tokenizer that can be read ({error}); "
+            "download them again"
+        ) from error
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

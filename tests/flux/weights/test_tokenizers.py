@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPTokenizer as TheirClipTokenizer
 from transformers import T5Tokenizer as TheirT5Tokenizer
 
-from flux.errors import MissingFileError
+from flux.errors import FileError, MismatchError, MissingFileError
 from flux.specs.text import CLIP_L, T5_XXL
 from flux.weights.readers.tokenizer import read_clip_tokenizer, read_t5_tokenizer
 
@@ -295,3 +295,32 @@ def test_a_missing_clip_path_is_named(tmp_path):
     with pytest.raises(MissingFileError, match="CLIP's tokenizer") as caught:
         read_clip_tokenizer(tmp_path / "nowhere", CLIP_L)
     assert str(tmp_path / "nowhere") in str(caught.value)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(clip_folder, t5_file):
+    with pytest.raises(MismatchError, match=f"it has {len(PIECES)} tokens, t5xxl knows 9;") as caught:
+        read_t5_tokenizer(t5_file, replace(T5_XXL, vocabulary=9))
+    assert str(t5_file) in str(caught.value)
+    with pytest.raises(MismatchError, match="clip-l knows 9;") as caught:
+        read_clip_tokenizer(clip_folder, replace(CLIP_L, vocabulary=9))
+    assert str(clip_folder) in str(caught.value)
+
+
+def test_a_damaged_tokenizer_json_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod', encoding="utf-8")
+    for read, spec in ((read_t5_tokenizer, T5_XXL), (read_clip_tokenizer, CLIP_L)):
+        with pytest.raises(FileError) as caught:
+            read(tmp_path, spec)
+        assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["vocab.json", "merges.txt"])
+def test_damaged_clip_files_are_named(damage, tmp_path, clip_folder):
+    """Cut off, or the merges of another vocabulary."""
+    for source in clip_folder.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    text = {"vocab.json": '{"a": 0, "b', "merges.txt": "#version: 0.2\nzebra crossing\n"}[damage]
+    (tmp_path / damage).write_text(text, encoding="utf-8")
+    with pytest.raises(FileError) as caught:
+        read_clip_tokenizer(tmp_path, CLIP_L)
+    assert str(tmp_path) in str(caught.value)
