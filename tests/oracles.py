@@ -29,9 +29,6 @@ __all__ = [
     "t5_oracle",
 ]
 
-# The models of these tests are tiny: threads cost more than they bring, above all on a busy machine (68 s against 12).
-torch.set_num_threads(1)
-
 TOLERANCE = 1e-5  # of relative_error, both sides in fp32
 
 FLUX1_NAMES = {

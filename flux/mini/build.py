@@ -1,4 +1,4 @@
-"""The stages that make the embedded model, in order, each resumable, and the installing of what they made."""
+"""The stages that make the embedded model, in order, each resumable or short, and the installing of what they made."""
 
 from __future__ import annotations
 

@@ -152,7 +152,8 @@ def train_autoencoder(
 def _even_out(model: Autoencoder, seed: int) -> None:
     """Fold the map that evens out the latents into the model; see ``whitening``."""
     rng = random.Random(f"even/{seed}")
-    batches = [model.encode(crops(rng, EVENING_BATCH, EVENING_SIDE)) for _ in range(EVENING_BATCHES)]
+    device = next(model.parameters()).device
+    batches = [model.encode(crops(rng, EVENING_BATCH, EVENING_SIDE).to(device)) for _ in range(EVENING_BATCHES)]
     fold_map(model, *evening_map(torch.cat(batches)))
 
 

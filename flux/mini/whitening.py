@@ -15,6 +15,7 @@ from ..models.autoencoder import Autoencoder
 
 __all__ = ["evening_map", "fold_map"]
 
+LEAST_VARIANCE = 1e-6  # of the largest
 EXPONENT = 0.25  # variances become their fourth root: 1 would leave them, 0 would make all equal
 
 
@@ -28,12 +29,13 @@ def evening_map(latents: Tensor, exponent: float = EXPONENT) -> tuple[Tensor, Te
     Returns:
         ``matrix`` (C, C), symmetric, and ``mean`` (C,).
     """
-    samples = latents.double().permute(1, 0, 2, 3).flatten(1)
+    samples = latents.cpu().double().permute(1, 0, 2, 3).flatten(1)  # not every device has fp64
     mean = samples.mean(dim=1)
     variances, directions = torch.linalg.eigh(torch.cov(samples))
+    variances = variances.clamp_min(LEAST_VARIANCE * variances.max())  # degenerate directions may come out below zero
     wanted = variances**exponent
     gains = (wanted / wanted.mean() / variances).sqrt()
-    return (directions * gains @ directions.T).float(), mean.float()
+    return (directions * gains @ directions.T).float().to(latents.device), mean.float().to(latents.device)
 
 
 @torch.no_grad()
@@ -45,8 +47,8 @@ def fold_map(autoencoder: Autoencoder, matrix: Tensor, mean: Tensor) -> None:
     """
     spec = autoencoder.spec
     channels = spec.latent_channels
-    shift = torch.full((channels,), spec.shift)
-    inverse = torch.linalg.inv(matrix.double()).float()
+    shift = torch.full((channels,), spec.shift, device=matrix.device)
+    inverse = torch.linalg.inv(matrix.cpu().double()).float().to(matrix.device)
     out = autoencoder.encoder.conv_out
     assert out.bias is not None
     out.weight[:channels] = torch.einsum("ij,jklm->iklm", matrix, out.weight[:channels])

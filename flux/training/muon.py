@@ -24,7 +24,7 @@ RMS_OF_ADAM = 0.2  # updates are scaled to the size of AdamW's, so that one lear
 
 
 def orthogonalised(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrix: singular values near 1 (0.7 to 1.2), same singular vectors.
+    """Roughly the nearest semi-orthogonal matrix: singular values near 1 (0.68 to 1.2), same singular vectors.
 
     Args:
         matrix: (m, n), or (k, m, n) for k matrices at once.

@@ -16,7 +16,7 @@ from ...specs.text import ClipTextSpec, T5Spec
 
 __all__ = ["ClipTokenizer", "T5Tokenizer", "TokenIds", "read_clip_tokenizer", "read_t5_tokenizer"]
 
-# OpenAI's pattern: special tokens, contractions, letters, single digits, and runs of anything else.
+# OpenAI's pattern without its special tokens: contractions, letters, single digits, and runs of anything else.
 CLIP_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 CLIP_FILES = ("vocab.json", "merges.txt")
 
