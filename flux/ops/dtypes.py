@@ -25,8 +25,8 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 
 @functools.cache
 def _fast_dtype(device_type: str) -> torch.dtype:
-    if device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
+    if device_type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        return torch.float16  # cards before Ampere emulate bf16
     if device_type != "cpu":
         return torch.bfloat16
     full = _probe_seconds(torch.float32)
