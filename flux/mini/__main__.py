@@ -1,7 +1,6 @@
 """Retrain everything that the embedded model consists of: ``python -m flux.mini``.
 
-Stages run in order and resume from their checkpoints; a stage that is done is skipped. On two CPU cores the whole takes
-some hours, on a GPU-less machine with bf16 units about two.
+Stages run in order and resume from their checkpoints; a stage that is done is skipped. Each says how long it took.
 """
 
 from __future__ import annotations
