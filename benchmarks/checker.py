@@ -146,7 +146,7 @@ class _Picture:
         ground: The background's own colour, (3,).
         background: The background's name, or None where no colour prevails at the border.
         contrast: (H, W) distance of each pixel from ``ground``.
-        scale: Of everything drawn, 1 on canvases of 128 pixels and more.
+        scale: Of objects, 1 on canvases of 128 pixels and more.
     """
 
     pixels: Floats
@@ -163,6 +163,11 @@ class _Picture:
     @property
     def width(self) -> int:
         return int(self.labels.shape[1])
+
+    @property
+    def letter_scale(self) -> float:
+        """How much smaller than on a 128-pixel canvas letters are drawn."""
+        return scenes.letter_scale(self.width, self.height)
 
     @property
     def ground_label(self) -> int:
@@ -555,9 +560,8 @@ def _is_related(first: Blob | None, second: Blob | None, relation: str, picture:
 
 
 def _size_limit(alone: bool) -> float:
-    """The radius amid small and large on a 128-pixel canvas; several objects may be shrunk where room is short."""
-    small, large = scenes.RADII[alone]["small"], scenes.RADII[alone]["large"]
-    return (small + large * (1.0 if alone else scenes.CROWDED_SHRINK)) / 2
+    """The radius amid small and large on a 128-pixel canvas."""
+    return (scenes.RADII[alone]["small"] + scenes.RADII[alone]["large"]) / 2
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -574,12 +578,12 @@ class _Ink:
 def read_word(image: Image) -> str:
     """The word on a sign, ``?`` for each letter that cannot be read; nothing is known of what it should be."""
     picture = _measure(image)
-    return _read(_ink(picture).coverage, picture.scale)
+    return _read(_ink(picture).coverage, picture.letter_scale)
 
 
 def _check_sign(picture: _Picture, request: Request, background: Pair, faults: list[str]) -> Verdict:
     ink = _ink(picture)
-    word, surplus = _read(ink.coverage, picture.scale), _is_surplus(ink.coverage, picture)
+    word, surplus = _read(ink.coverage, picture.letter_scale), _is_surplus(ink.coverage, picture)
     if word != request.word:
         faults.append(f'reads "{word}", not "{request.word}"')
     if surplus:
@@ -624,7 +628,7 @@ def _line(coverage: Floats, scale: float) -> tuple[int, int]:
 
 def _is_surplus(coverage: Floats, picture: _Picture) -> bool:
     """Whether there is a notable thing out of the word's line."""
-    top, bottom = _line(coverage, picture.scale)
+    top, bottom = _line(coverage, picture.letter_scale)
     outside = coverage > HALF
     outside[max(top - LETTER_REACH, 0) : bottom + LETTER_REACH] = False
     return any(True for _ in _components(outside, picture.notable))

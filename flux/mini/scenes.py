@@ -3,8 +3,9 @@
 All lengths are in pixels. Objects have the size they have on a 128-pixel canvas, and shrink on smaller ones, so that a
 larger canvas shows the same objects with more room.
 
-Centres and letter cells lie on a lattice of 8 pixels, the autoencoder's cell, and each size class has one radius. Both
-keep the number of different edge patterns small, so that a few million parameters can draw all of them crisply.
+Centres lie in nine slots on a lattice of 8 pixels, the autoencoder's cell, letters fill whole tokens of 16 pixels, and
+each size class has one radius. That keeps the number of different edge patterns small, so that a few million
+parameters can draw all of them crisply.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 
 from .language import COLOURS, LETTERS, Request, Wanted
 
-__all__ = ["PALETTE", "Item", "Scene", "Sign", "draw", "lay_out", "shape_mask", "word_mask"]
+__all__ = ["PALETTE", "Item", "Scene", "Sign", "draw", "lay_out", "letter_scale", "shape_mask", "word_mask"]
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.float32]
+Slot = tuple[int, int]  # across and down: -1 near the edge, 0 in the middle, 1 near the far edge
+Line = tuple[tuple[float, float], ...]
 
 NATIVE_SIDE = 128
 SUPERSAMPLE = 4  # every mask is drawn this much larger and averaged down
@@ -39,25 +42,35 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 
 LATTICE = 8
-# Radii at the native side. A lone object is bigger than one of several.
+# Radii at the native side. A lone object may be bigger than one of several.
 RADII = {
-    True: {"small": 12.0, "large": 26.0},
-    False: {"small": 10.0, "large": 18.0},
+    True: {"small": 11.0, "large": 26.0},
+    False: {"small": 11.0, "large": 18.0},
 }
 MARGIN = 3.0  # from an object to the canvas's edge, and between two objects
-SIDE = (0.16, 0.26)  # where "left" and "top" put a centre, as a fraction of the side
-MIDDLE = (0.43, 0.57)
-RELATED_GAP = 0.24  # least distance of related objects along their axis, as a fraction of the side
-RELATED_SLOPE = 0.5  # most distance across it, as a fraction of the one along it
+EDGE_SLOT = 24.0  # how far from the canvas's edge "left" and "top" put a centre; "center" lies in the middle
+LONE_IN_CENTRE = 0.5  # how often a lone object without a named place lies in the middle; else at any of nine places
 
-LETTER_CELL = 24.0  # advance from letter to letter
+LETTER_CELL = 16.0  # advance from letter to letter: a word's letters fill whole tokens of the transformer
 LETTER_HEIGHT = 28.0
-LETTER_WIDTH = 19.0
-LETTER_STROKE = 4.5
-SIGN_JITTER = 12.0
-SIGN_MARGIN = 2.0
-PLACING_TRIES = 60
-CROWDED_SHRINK = 0.85  # for canvases that have no room for the full size
+LETTER_WIDTH = 13.5
+LETTER_STROKE = 4.2
+LETTERS_SHRINK_BELOW = 96  # pixels of the canvas's shorter side; smaller letters could not be read
+
+NAMED: dict[str, Slot] = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
+SIDEWAYS = ("left of", "right of")
+RELATED = {"left of": (-1, 1), "right of": (1, -1), "above": (-1, 1), "below": (1, -1)}
+# Where objects without a named place go, in the order in which they are named; one of these is drawn by lot.
+ARRANGEMENTS: dict[int, tuple[tuple[Slot, ...], ...]] = {
+    1: (((0, 0),),),
+    2: (((-1, 0), (1, 0)), ((0, -1), (0, 1)), ((-1, -1), (1, 1)), ((1, -1), (-1, 1))),
+    3: (
+        ((-1, 0), (0, 0), (1, 0)),
+        ((0, -1), (0, 0), (0, 1)),
+        ((-1, -1), (1, -1), (0, 1)),
+        ((0, -1), (-1, 1), (1, 1)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -103,22 +116,21 @@ def lay_out(request: Request, rng: random.Random, width: int = NATIVE_SIDE, heig
         height: Canvas height in pixels.
 
     Raises:
-        ValueError: The canvas is too small for the objects.
+        ValueError: Two objects are wanted at one place, or the word is wider than the canvas.
     """
     scale = min(1.0, min(width, height) / NATIVE_SIDE)
     if request.word is not None:
-        return _lay_out_sign(request, rng, width, height, scale)
+        return _lay_out_sign(request, rng, width, height)
     background = request.background or _free_background([o.colour for o in request.objects], rng)
     wanted = [o for o in request.objects for _ in range(o.count)]
     sizes = {o: o.size or rng.choice(("small", "large")) for o in request.objects}
-    for attempt in range(PLACING_TRIES):
-        shrink = 1.0 if attempt < PLACING_TRIES // 2 else CROWDED_SHRINK
-        radii = [RADII[len(wanted) == 1][sizes[o]] * scale * shrink for o in wanted]
-        centres = _place(wanted, radii, request.relation, rng, width, height)
-        if centres is not None:
-            items = tuple(Item(o.shape, o.colour, x, y, r) for o, (x, y), r in zip(wanted, centres, radii, strict=True))
-            return Scene(width, height, background, items)
-    raise ValueError(f"a canvas of {width}x{height} pixels has no room for {len(wanted)} objects; use a larger one")
+    radii = [RADII[len(wanted) == 1][sizes[o]] * scale for o in wanted]
+    slots = _slots(wanted, request.relation, rng)
+    centres = [_centre(slot, r, scale, width, height) for slot, r in zip(slots, radii, strict=True)]
+    if not _apart(centres, radii, scale):
+        raise ValueError("two objects are wanted at one place; name different places")
+    items = tuple(Item(o.shape, o.colour, x, y, r) for o, (x, y), r in zip(wanted, centres, radii, strict=True))
+    return Scene(width, height, background, items)
 
 
 def _free_background(taken: list[str], rng: random.Random) -> str:
@@ -128,71 +140,56 @@ def _free_background(taken: list[str], rng: random.Random) -> str:
     return next(c for c in ("white", "black", "blue", "yellow", "red") if c not in taken)
 
 
-def _place(
-    wanted: list[Wanted], radii: list[float], relation: str | None, rng: random.Random, width: int, height: int
-) -> list[tuple[float, float]] | None:
-    """Centres that satisfy positions and relation without overlap, or None."""
-    for _ in range(PLACING_TRIES):
-        centres = [_centre(o.position, r, rng, width, height) for o, r in zip(wanted, radii, strict=True)]
-        if _apart(centres, radii) and (relation is None or _related(centres, relation, width, height)):
-            return centres
-    return None
+def _slots(wanted: list[Wanted], relation: str | None, rng: random.Random) -> list[Slot]:
+    """A slot for every object: the named one, or one of an arrangement that leaves nothing to chance but itself."""
+    if relation is not None:
+        across = rng.choice((-1, 0, 1))
+        first, second = RELATED[relation]
+        return [(first, across), (second, across)] if relation in SIDEWAYS else [(across, first), (across, second)]
+    if all(o.position is None for o in wanted):
+        if len(wanted) == 1 and rng.random() >= LONE_IN_CENTRE:
+            return [(rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1)))]
+        return list(rng.choice(ARRANGEMENTS[len(wanted)]))
+    free = [slot for name, slot in NAMED.items() if name not in {o.position for o in wanted}]
+    rng.shuffle(free)
+    return [NAMED[o.position] if o.position else free.pop() for o in wanted]
 
 
-def _centre(position: str | None, radius: float, rng: random.Random, width: int, height: int) -> tuple[float, float]:
-    edge = radius + MARGIN
-    along = {
-        None: ((0.0, 1.0), (0.0, 1.0)),
-        "left": (SIDE, MIDDLE),
-        "right": ((1 - SIDE[1], 1 - SIDE[0]), MIDDLE),
-        "top": (MIDDLE, SIDE),
-        "bottom": (MIDDLE, (1 - SIDE[1], 1 - SIDE[0])),
-        "center": (MIDDLE, MIDDLE),
-    }[position]
-    x, y = (
-        _on_lattice(rng.uniform(low * side, high * side), edge, side - edge)
-        for (low, high), side in zip(along, (width, height), strict=True)
-    )
+def _centre(slot: Slot, radius: float, scale: float, width: int, height: int) -> tuple[float, float]:
+    """A slot's centre, for an object of this radius: on the lattice where there is room."""
+    slot_edge, room = EDGE_SLOT * scale, radius + MARGIN * scale
+    candidates = (LATTICE * math.floor(slot_edge / LATTICE), slot_edge, LATTICE * math.ceil(room / LATTICE))
+    edge = next(c for c in candidates if c >= room)
+    x, y = ({-1: edge, 0: side / 2, 1: side - edge}[place] for place, side in zip(slot, (width, height), strict=True))
     return x, y
 
 
-def _on_lattice(value: float, lowest: float, highest: float) -> float:
-    """The lattice point nearest to ``value`` between two bounds; midway between them if there is none."""
-    first, last = math.ceil(lowest / LATTICE), math.floor(highest / LATTICE)
-    if first > last:
-        return (lowest + highest) / 2
-    return float(LATTICE * min(max(math.floor(value / LATTICE + 0.5), first), last))
-
-
-def _apart(centres: list[tuple[float, float]], radii: list[float]) -> bool:
+def _apart(centres: list[tuple[float, float]], radii: list[float], scale: float) -> bool:
     return all(
-        math.dist(centres[i], centres[j]) >= radii[i] + radii[j] + MARGIN for i in range(len(centres)) for j in range(i)
+        math.dist(centres[i], centres[j]) >= radii[i] + radii[j] + MARGIN * scale
+        for i in range(len(centres))
+        for j in range(i)
     )
 
 
-def _related(centres: list[tuple[float, float]], relation: str, width: int, height: int) -> bool:
-    (ax, ay), (bx, by) = centres
-    dx, dy = ax - bx, ay - by
-    along, across, side = {
-        "left of": (-dx, dy, width),
-        "right of": (dx, dy, width),
-        "above": (-dy, dx, height),
-        "below": (dy, dx, height),
-    }[relation]
-    return along >= RELATED_GAP * side and abs(across) <= RELATED_SLOPE * along
+def letter_scale(width: int, height: int) -> float:
+    """How much smaller than at the native size letters are on a canvas."""
+    return min(1.0, min(width, height) / LETTERS_SHRINK_BELOW)
 
 
-def _lay_out_sign(request: Request, rng: random.Random, width: int, height: int, scale: float) -> Scene:
+def _lay_out_sign(request: Request, rng: random.Random, width: int, height: int) -> Scene:
+    """A word across the middle, its cells on token borders where letters have their full size."""
     word = request.word or ""
     colour = request.word_colour
     if colour is None:
         colour = rng.choice([c for c in COLOURS if c != request.background])
     background = request.background or _free_background([colour], rng)
-    half_width = len(word) * LETTER_CELL * scale / 2
-    middle = width / 2 - half_width + rng.uniform(-SIGN_JITTER, SIGN_JITTER)
-    x = half_width + _on_lattice(middle, SIGN_MARGIN, width - 2 * half_width - SIGN_MARGIN)
-    y = _on_lattice(height / 2 + rng.uniform(-SIGN_JITTER, SIGN_JITTER), 0, height)
-    return Scene(width, height, background, sign=Sign(word, colour, x, y, scale))
+    scale = letter_scale(width, height)
+    cell = LETTER_CELL * scale
+    left = cell * math.floor((width / cell - len(word)) / 2)
+    if left < 0:
+        raise ValueError(f"a canvas of {width}x{height} pixels has no room for {len(word)} letters; use a shorter word")
+    return Scene(width, height, background, sign=Sign(word, colour, left + len(word) * cell / 2, height / 2, scale))
 
 
 def draw(scene: Scene) -> Image:
@@ -278,14 +275,48 @@ def _stamp(big: Image, glyph: Image, left: int, top: int) -> None:
 
 @functools.lru_cache(maxsize=4 * len(LETTERS))
 def _glyph(letter: str, scale: float) -> Image:
-    """A capital in OpenCV's Hershey strokes at supersampled size, its height fixed, its width at most a cell's."""
-    font, thickness = cv2.FONT_HERSHEY_SIMPLEX, round(LETTER_STROKE * SUPERSAMPLE)
-    size = LETTER_HEIGHT * SUPERSAMPLE
-    font_scale = (size - thickness) / 21.0  # Hershey capitals are 21 units tall
-    canvas = np.zeros((int(2 * size), int(3 * size)), np.uint8)
-    cv2.putText(canvas, letter, (int(size), int(1.5 * size)), font, font_scale, 255, thickness, cv2.LINE_AA)
-    ys, xs = np.nonzero(canvas > 127)
-    tight = canvas[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
-    width = min(tight.shape[1], round(LETTER_WIDTH * SUPERSAMPLE))
-    target = (max(1, round(width * scale)), max(1, round(size * scale)))
-    return np.asarray(cv2.resize(tight, target, interpolation=cv2.INTER_AREA), np.uint8)
+    """A capital at supersampled size; all have one height and one width."""
+    stroke = LETTER_STROKE * scale * SUPERSAMPLE
+    height, width = (round(length * scale * SUPERSAMPLE) for length in (LETTER_HEIGHT, LETTER_WIDTH))
+    canvas = np.zeros((height, width), np.uint8)
+    inner = np.asarray((width - 1 - stroke, height - 1 - stroke))
+    for line in STROKES[letter]:
+        points = (np.asarray(line) * inner + stroke / 2).round().astype(np.int32)
+        cv2.polylines(canvas, [points], False, 255, max(1, round(stroke)), cv2.LINE_AA)
+    return canvas
+
+
+# Letters of straight strokes in the unit square, x to the right and y down; round corners are cut.
+_BOWL: Line = ((0, 1), (0, 0), (0.7, 0), (1, 0.14), (1, 0.4), (0.7, 0.54), (0, 0.54))
+_RING: Line = ((0.3, 0), (0.7, 0), (1, 0.2), (1, 0.8), (0.7, 1), (0.3, 1), (0, 0.8), (0, 0.2), (0.3, 0))
+_HOOK: Line = ((1, 0.2), (0.7, 0), (0.3, 0), (0, 0.2), (0, 0.8), (0.3, 1), (0.7, 1), (1, 0.8))
+STROKES: dict[str, tuple[Line, ...]] = {
+    "A": (((0, 1), (0.5, 0), (1, 1)), ((0.18, 0.66), (0.82, 0.66))),
+    "B": (((0, 0.48), (0.65, 0.48), (0.95, 0.36), (0.95, 0.12), (0.65, 0), (0, 0), (0, 1), (0.7, 1), (1, 0.87),
+           (1, 0.6), (0.65, 0.48)),),
+    "C": (_HOOK,),
+    "D": (((0, 0), (0.55, 0), (1, 0.26), (1, 0.74), (0.55, 1), (0, 1), (0, 0)),),
+    "E": (((1, 0), (0, 0), (0, 1), (1, 1)), ((0, 0.5), (0.8, 0.5))),
+    "F": (((1, 0), (0, 0), (0, 1)), ((0, 0.5), (0.8, 0.5))),
+    "G": ((*_HOOK, (1, 0.55), (0.55, 0.55)),),
+    "H": (((0, 0), (0, 1)), ((1, 0), (1, 1)), ((0, 0.5), (1, 0.5))),
+    "I": (((0.5, 0), (0.5, 1)), ((0.15, 0), (0.85, 0)), ((0.15, 1), (0.85, 1))),
+    "J": (((1, 0), (1, 0.8), (0.7, 1), (0.3, 1), (0, 0.8)),),
+    "K": (((0, 0), (0, 1)), ((1, 0), (0, 0.56)), ((0.35, 0.38), (1, 1))),
+    "L": (((0, 0), (0, 1), (1, 1)),),
+    "M": (((0, 1), (0, 0), (0.5, 0.5), (1, 0), (1, 1)),),
+    "N": (((0, 1), (0, 0), (1, 1), (1, 0)),),
+    "O": (_RING,),
+    "P": (_BOWL,),
+    "Q": (_RING, ((0.5, 0.65), (1, 1))),
+    "R": (_BOWL, ((0.45, 0.54), (1, 1))),
+    "S": (((1, 0.17), (0.7, 0), (0.3, 0), (0, 0.15), (0, 0.33), (0.3, 0.47), (0.7, 0.53), (1, 0.67), (1, 0.85),
+           (0.7, 1), (0.3, 1), (0, 0.83)),),
+    "T": (((0, 0), (1, 0)), ((0.5, 0), (0.5, 1))),
+    "U": (((0, 0), (0, 0.8), (0.3, 1), (0.7, 1), (1, 0.8), (1, 0)),),
+    "V": (((0, 0), (0.5, 1), (1, 0)),),
+    "W": (((0, 0), (0.22, 1), (0.5, 0.4), (0.78, 1), (1, 0)),),
+    "X": (((0, 0), (1, 1)), ((1, 0), (0, 1))),
+    "Y": (((0, 0), (0.5, 0.5), (1, 0)), ((0.5, 0.5), (0.5, 1))),
+    "Z": (((0, 0), (1, 0), (0, 1), (1, 1)),),
+}  # fmt: skip

@@ -116,14 +116,14 @@ def test_large_objects_are_larger_than_small_ones(canvas):
 @pytest.mark.parametrize("canvas", CANVASES, ids=str)
 def test_objects_keep_apart_and_inside(canvas):
     width, height = canvas
+    margin = 3 * min(1, min(canvas) / 128)
     for _, scene in scenes(60, canvas, seed=4, sign_share=0):
         for item in scene.items:
-            assert item.radius + 3 <= item.x + 1e-9
-            assert item.x <= width - item.radius - 3 + 1e-9
-            assert item.radius + 3 <= item.y + 1e-9
-            assert item.y <= height - item.radius - 3 + 1e-9
+            room = item.radius + margin
+            assert room <= item.x <= width - room
+            assert room <= item.y <= height - room
         for one, other in itertools.combinations(scene.items, 2):
-            assert math.dist((one.x, one.y), (other.x, other.y)) >= one.radius + other.radius + 3
+            assert math.dist((one.x, one.y), (other.x, other.y)) >= one.radius + other.radius + margin
         masks = [shape_mask(i.shape, i.x, i.y, i.radius, width, height) for i in scene.items]
         for one, other in itertools.combinations(masks, 2):
             # Corners stick out of the circle that is kept free: a twentieth at most, and rarely.
@@ -142,11 +142,15 @@ def test_words_lie_inside_the_canvas(word, canvas):
         assert not mask[:, [0, -1]].any()
 
 
-@pytest.mark.parametrize("side", [6, 8, 16])
-def test_a_canvas_too_small_for_its_objects_is_refused(side):
-    crowd = Request((Wanted("circle", "red", "large", count=3),))
-    with pytest.raises(ValueError, match=f"{side}x{side} pixels has no room for 3 objects; use a larger one"):
-        lay_out(crowd, random.Random(0), side, side)
+def test_two_objects_at_one_place_are_refused():
+    crowd = Request((Wanted("circle", "red", position="left"), Wanted("star", "blue", position="left")))
+    with pytest.raises(ValueError, match="two objects are wanted at one place; name different places"):
+        lay_out(crowd, random.Random(0))
+
+
+def test_a_word_wider_than_the_canvas_is_refused():
+    with pytest.raises(ValueError, match="128x128 pixels has no room for 9 letters"):
+        lay_out(Request(word="LETTERBOX"), random.Random(0))
 
 
 @pytest.mark.parametrize("canvas", [(96, 96), (96, 192), (128, 128)], ids=str)
@@ -166,16 +170,17 @@ def test_the_most_crowded_requests_find_room(canvas):
         assert len(lay_out(Request(row), rng, *canvas).items) == 3
 
 
-@pytest.mark.parametrize("canvas", CANVASES, ids=str)
+@pytest.mark.parametrize("canvas", [c for c in CANVASES if min(c) % 32 == 0], ids=str)
 def test_centres_and_words_lie_on_the_autoencoders_cells(canvas):
-    """Fewer different edges, so that a few million parameters can draw all of them."""
+    """Fewer different edges, for a few million parameters to draw; odd canvases have no such places."""
     for _, scene in scenes(150, canvas, seed=13):
         for item in scene.items:
             assert item.x % 8 == item.y % 8 == 0
         if scene.sign is not None:
-            left = scene.sign.x - len(scene.sign.word) * 24 * scene.sign.scale / 2
+            left = scene.sign.x - len(scene.sign.word) * 16 * scene.sign.scale / 2
             assert scene.sign.y % 8 == 0
-            assert left % 8 == 0 or (left < 8 and scene.sign.x == scene.width / 2)  # a long word has no choice
+            assert left % (16 * scene.sign.scale) == 0  # whole tokens on a canvas of full size
+            assert abs(scene.sign.x - scene.width / 2) <= 8
 
 
 def test_each_size_has_one_radius():
@@ -184,7 +189,7 @@ def test_each_size_has_one_radius():
         for wanted, item in zip(wanted_of(request), scene.items, strict=True):
             if wanted.size:
                 radii[wanted.size].add((len(scene.items) == 1, item.radius))
-    assert radii == {"small": {(True, 12), (False, 10)}, "large": {(True, 26), (False, 18)}}
+    assert radii == {"small": {(True, 11), (False, 11)}, "large": {(True, 26), (False, 18)}}
 
 
 def test_objects_shrink_on_smaller_canvases_only():
@@ -314,7 +319,7 @@ def test_letters_of_a_word_stand_apart_in_order(scale):
         inked = (mask.max(axis=0) > 0).astype(int)
         assert (np.diff(inked) == 1).sum() == len(word), word
     first = word_mask(Sign("LO", "black", 64, 30, scale), 128, 60)[:, :64]
-    alone = word_mask(Sign("L", "black", 64 - 12 * scale, 30, scale), 128, 60)[:, :64]
+    alone = word_mask(Sign("L", "black", 64 - 8 * scale, 30, scale), 128, 60)[:, :64]
     assert np.array_equal(first, alone)
 
 
