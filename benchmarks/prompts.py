@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.checker import Tally, check
 from flux.mini.files import MINI, MINI_SCHNELL, open_mini
-from flux.mini.language import Request, phrase, random_request, text_of
+from flux.mini.language import Request, is_held_out, mirrored, phrase, random_request, text_of
 from flux.pipelines.denoising import denoise
 from flux.pipelines.prompts import EncodedPrompt
 from flux.pipelines.text_to_image import FluxModel, decode, plan_sigmas
@@ -51,13 +51,22 @@ class Report:
 
 
 def requests_for_measuring(count: int, seed: int = SEED, sign_share: float = 0.35) -> list[tuple[Request, str]]:
-    """Held-out requests, each in one of its phrasings."""
+    """Held-out requests, each in one of its phrasings; none that training saw told the other way round."""
     rng = random.Random(f"measure/{seed}")
     chosen = []
     for _ in range(count):
         request = random_request(rng, sign_share=sign_share, held_out=True)
+        while not is_held_out(mirrored(request)):  # another relation in its place, so that their share stays
+            request = _held_out_relation(rng)
         chosen.append((request, text_of(phrase(request, rng))))
     return chosen
+
+
+def _held_out_relation(rng: random.Random) -> Request:
+    while True:
+        request = random_request(rng, sign_share=0.0, held_out=True)
+        if request.relation is not None:
+            return request
 
 
 def measure(name: str, count: int, *, model: FluxModel | None = None, keep: int = 0) -> Report:

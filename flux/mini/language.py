@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "COLOURS", "COUNTS", "LETTERS", "POSITIONS", "RELATIONS", "SHAPES", "SIZES", "Request", "Span", "Wanted",
-    "is_held_out", "phrase", "random_request", "text_of",
+    "is_held_out", "mirrored", "phrase", "random_request", "text_of",
 ]  # fmt: skip
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -21,6 +21,7 @@ COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white
 SIZES = ("small", "large")
 POSITIONS = ("left", "right", "top", "bottom", "center")
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COUNTS = ("", "one", "two", "three")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_OBJECTS = 3
@@ -98,6 +99,13 @@ def is_held_out(request: Request) -> bool:
         kinds = sorted(f"{o.count}{o.colour}{o.shape}{o.size}{o.position}" for o in request.objects)
         key = f"{kinds}{request.relation}{request.background}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % HELD_OUT_OF == 0
+
+
+def mirrored(request: Request) -> Request:
+    """The request that means the same the other way round: "a to the left of b" for "b to the right of a"."""
+    if request.relation is None:
+        return request
+    return replace(request, objects=request.objects[::-1], relation=OPPOSITE[request.relation])
 
 
 def random_request(rng: random.Random, *, sign_share: float = 0.35, held_out: bool = False) -> Request:
