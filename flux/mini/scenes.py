@@ -3,9 +3,10 @@
 All lengths are in pixels. Objects have the size they have on a 128-pixel canvas, and shrink on smaller ones, so that a
 larger canvas shows the same objects with more room.
 
-Centres lie in nine slots on a lattice of 8 pixels, the autoencoder's cell, letters fill whole tokens of 16 pixels, and
-each size class has one radius. That keeps the number of different edge patterns small, so that a few million
-parameters can draw all of them crisply.
+Centres lie in slots on a lattice of 8 pixels, the autoencoder's cell, letters fill whole tokens of 16 pixels, and each
+size class has one radius. That keeps the number of different edge patterns small, so that a few million parameters can
+draw all of them crisply. Places and sizes that a request leaves open are always the same, because a model this small
+mixes the layouts between which it may choose: what the seed decides is the colours that were left open.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ RADII = {
 }
 MARGIN = 3.0  # from an object to the canvas's edge, and between two objects
 EDGE_SLOT = 24.0  # how far from the canvas's edge "left" and "top" put a centre; "center" lies in the middle
-LONE_IN_CENTRE = 0.5  # how often a lone object without a named place lies in the middle; else at any of nine places
+USUAL_SIZE = "large"  # of an object whose size is not named
 
 LETTER_CELL = 16.0  # advance from letter to letter: a word's letters fill whole tokens of the transformer
 LETTER_HEIGHT = 28.0
@@ -60,17 +61,13 @@ LETTERS_SHRINK_BELOW = 96  # pixels of the canvas's shorter side; smaller letter
 NAMED: dict[str, Slot] = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
 SIDEWAYS = ("left of", "right of")
 RELATED = {"left of": (-1, 1), "right of": (1, -1), "above": (-1, 1), "below": (1, -1)}
-# Where objects without a named place go, in the order in which they are named; one of these is drawn by lot.
-ARRANGEMENTS: dict[int, tuple[tuple[Slot, ...], ...]] = {
-    1: (((0, 0),),),
-    2: (((-1, 0), (1, 0)), ((0, -1), (0, 1)), ((-1, -1), (1, 1)), ((1, -1), (-1, 1))),
-    3: (
-        ((-1, 0), (0, 0), (1, 0)),
-        ((0, -1), (0, 0), (0, 1)),
-        ((-1, -1), (1, -1), (0, 1)),
-        ((0, -1), (-1, 1), (1, 1)),
-    ),
+# Where objects without a named place go, in the order in which they are named.
+ARRANGEMENTS: dict[int, tuple[Slot, ...]] = {
+    1: ((0, 0),),
+    2: ((-1, 0), (1, 0)),
+    3: ((0, -1), (-1, 1), (1, 1)),
 }
+FREE_SLOTS = ("center", "left", "right", "top", "bottom")  # for one among others that have a named place, in this order
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,8 @@ def lay_out(request: Request, rng: random.Random, width: int = NATIVE_SIDE, heig
         return _lay_out_sign(request, rng, width, height)
     background = request.background or _free_background([o.colour for o in request.objects], rng)
     wanted = [o for o in request.objects for _ in range(o.count)]
-    sizes = {o: o.size or rng.choice(("small", "large")) for o in request.objects}
-    radii = [RADII[len(wanted) == 1][sizes[o]] * scale for o in wanted]
-    slots = _slots(wanted, request.relation, rng)
+    radii = [RADII[len(wanted) == 1][o.size or USUAL_SIZE] * scale for o in wanted]
+    slots = _slots(wanted, request.relation)
     centres = [_centre(slot, r, scale, width, height) for slot, r in zip(slots, radii, strict=True)]
     if not _apart(centres, radii, scale):
         raise ValueError("two objects are wanted at one place; name different places")
@@ -140,19 +136,15 @@ def _free_background(taken: list[str], rng: random.Random) -> str:
     return next(c for c in ("white", "black", "blue", "yellow", "red") if c not in taken)
 
 
-def _slots(wanted: list[Wanted], relation: str | None, rng: random.Random) -> list[Slot]:
-    """A slot for every object: the named one, or one of an arrangement that leaves nothing to chance but itself."""
+def _slots(wanted: list[Wanted], relation: str | None) -> list[Slot]:
+    """A slot for every object: the named one, or the one that an arrangement has for it."""
     if relation is not None:
-        across = rng.choice((-1, 0, 1))
-        first, second = RELATED[relation]
-        return [(first, across), (second, across)] if relation in SIDEWAYS else [(across, first), (across, second)]
+        return [(place, 0) if relation in SIDEWAYS else (0, place) for place in RELATED[relation]]
     if all(o.position is None for o in wanted):
-        if len(wanted) == 1 and rng.random() >= LONE_IN_CENTRE:
-            return [(rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1)))]
-        return list(rng.choice(ARRANGEMENTS[len(wanted)]))
-    free = [slot for name, slot in NAMED.items() if name not in {o.position for o in wanted}]
-    rng.shuffle(free)
-    return [NAMED[o.position] if o.position else free.pop() for o in wanted]
+        return list(ARRANGEMENTS[len(wanted)])
+    named = {o.position for o in wanted}
+    free = iter(place for place in FREE_SLOTS if place not in named)
+    return [NAMED[o.position or next(free)] for o in wanted]
 
 
 def _centre(slot: Slot, radius: float, scale: float, width: int, height: int) -> tuple[float, float]:
