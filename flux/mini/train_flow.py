@@ -176,8 +176,9 @@ def train_guided(
         noisy, _ = flow_targets(latents, torch.randn_like(latents), times)
         guidance = torch.tensor([rng.uniform(*GUIDANCE_RANGE) for _ in range(count)], device=device)
         with torch.no_grad():
-            positive = teach(noisy, times, text, None).float()
-            negative = teach(noisy, times, batches.empty_batch(count), None).float()
+            both = text.joined(batches.empty_batch(count))
+            answers = teach(noisy.repeat(2, 1, 1, 1), times.repeat(2), both, None).float()
+            positive, negative = answers.chunk(2)
             target = negative + guidance[:, None, None] * (positive - negative)
         return F.mse_loss(learn(noisy, times, text, guidance).float(), target)
 

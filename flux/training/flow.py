@@ -31,6 +31,10 @@ class TextBatch:
             torch.where(mask[:, None], other.pooled, self.pooled),
         )
 
+    def joined(self, other: TextBatch) -> TextBatch:
+        """Own rows, then those of ``other``."""
+        return TextBatch(torch.cat((self.tokens, other.tokens)), torch.cat((self.pooled, other.pooled)))
+
 
 def sample_times(count: int, *, mean: float, deviation: float, generator: torch.Generator | None = None) -> Tensor:
     """Flow times (count,) from a logit-normal distribution (Esser et al. 2024)."""
