@@ -63,9 +63,9 @@ class Residency:
     def borrow(self, prefix: str) -> Iterator[None]:
         """Have the parameters below ``prefix`` inside the block; those that were absent before are absent after it."""
         borrowed = [name for name in self._names if name.startswith(f"{prefix}.") and self._absent(name)]
-        for name in borrowed:
-            self._bring(name)
         try:
+            for name in borrowed:
+                self._bring(name)
             yield
         finally:
             for name in borrowed:

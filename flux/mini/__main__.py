@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from .build import STAGES, Builder
 
 __all__ = ["main"]
@@ -23,13 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--stage", choices=STAGES, action="append", help="run only this stage; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--device", help="where models train: cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer's training step (needs a C++ compiler)"
     )
     parser.add_argument("--install", action="store_true", help="put the finished weights in place of the shipped ones")
     options = parser.parse_args(arguments)
-    builder = Builder(options.folder, options.seed, options.device, compiled=options.compile, report=_say)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    builder = Builder(options.folder, options.seed, device, compiled=options.compile, report=_say)
     began = time.monotonic()
     for stage in options.stage or STAGES:
         start = time.monotonic()

@@ -206,10 +206,11 @@ def _psnr(squared_error: Tensor) -> float:
 def psnr_on_fresh_scenes(model: Autoencoder, count: int = 64, seed: int = 1_000_000) -> float:
     """PSNR in dB over whole 128x128 scenes that training never drew, after clamping and rounding to bytes."""
     rng = random.Random(seed)
+    device = next(model.parameters()).device
     total = 0.0
     for _ in range(count):
         image = draw(lay_out(random_request(rng, held_out=True), rng))
-        pixels = pixels_from_bytes(image)[None].to(memory_format=torch.channels_last)
+        pixels = pixels_from_bytes(image)[None].to(device).contiguous(memory_format=torch.channels_last)
         decoded = model.decode(model.encode(pixels)).clamp(-1, 1)
         restored = ((decoded + 1) * 127.5).round()
         total += float(F.mse_loss(restored / 255, (pixels + 1) / 2))

@@ -52,8 +52,8 @@ class Part(Generic[Spec, Module]):
     @contextmanager
     def resident(self, without: tuple[str, ...] = ()) -> Iterator[Module]:
         """Have the weights in memory inside the block, except those below the prefixes ``without``."""
-        self.residency.load(without)
         try:
+            self.residency.load(without)
             yield self.module
         finally:
             self.residency.release()
@@ -146,7 +146,7 @@ def match_names(module: nn.Module, file: Mapping[str, HasShape], prefix: str, la
     unknown = [n for n in file if n.startswith(prefix) and n not in taken and not n.endswith(IGNORED_ENDINGS)]
     for fault, listed in (
         ("lacks tensors", missing),
-        ("has unknown tensors", unknown if prefix == "" else []),
+        ("has unknown tensors", unknown),
         ("has tensors of another shape", misshapen),
     ):
         if listed:
