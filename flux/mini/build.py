@@ -85,7 +85,7 @@ class Builder:
 
     def _autoencoder(self) -> None:
         model = train_autoencoder(self._path("ae"), AUTOENCODER, seed=self.seed, device=self.device, report=self.report)
-        self.report(f"autoencoder: {psnr_on_fresh_scenes(model):.2f} dB on fresh scenes")
+        self.report(f"autoencoder: {psnr_on_fresh_scenes(model, device=self.device):.2f} dB on fresh scenes")
 
     def _text(self) -> None:
         if self._path("t5").exists() and self._path("clip").exists():

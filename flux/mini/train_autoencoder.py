@@ -203,10 +203,11 @@ def _psnr(squared_error: Tensor) -> float:
 
 
 @torch.inference_mode()
-def psnr_on_fresh_scenes(model: Autoencoder, count: int = 64, seed: int = 1_000_000) -> float:
+def psnr_on_fresh_scenes(
+    model: Autoencoder, count: int = 64, seed: int = 1_000_000, device: torch.device | str = "cpu"
+) -> float:
     """PSNR in dB over whole 128x128 scenes that training never drew, after clamping and rounding to bytes."""
     rng = random.Random(seed)
-    device = next(model.parameters()).device
     total = 0.0
     for _ in range(count):
         image = draw(lay_out(random_request(rng, held_out=True), rng))

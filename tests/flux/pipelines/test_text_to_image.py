@@ -343,3 +343,17 @@ def test_a_file_that_is_not_whole_is_refused_when_it_is_opened(tmp_path, change,
     with pytest.raises(FileError) as caught:
         open_transformer(path, torch.device("cpu"))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("extra", ["scaled_fp8", "img_in.scale_weight"])
+def test_scales_below_a_prefix_are_not_left_out_silently(tmp_path, extra):
+    """A weight without its scale draws nothing that anybody asked for."""
+
+    def wrap(tensors):
+        inner = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(inner | {f"model.diffusion_model.{extra}": torch.ones(1)})
+
+    path = write_module(tmp_path / "whole.safetensors", Flux1(TINY), change=wrap)
+    with pytest.raises(FileError, match=f"has unknown tensors: model.diffusion_model.{extra}"):
+        open_transformer(path, torch.device("cpu"))
