@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ..errors import Cancelled, FluxFoundryError, UserError
+from ..errors import Cancelled, FluxFoundryError, NumericError, UserError
 from ..version import VERSION
 from .arguments import add_demo, add_generate, add_inspect, add_models
 from .console import fault
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     except SystemExit as exit_:  # argparse's, after --help and --version
         return exit_.code if isinstance(exit_.code, int) else DONE
-    except UserError as error:
+    except (UserError, NumericError) as error:  # numbers that are not finite come from a file or dtype that was chosen
         return _ended(REFUSED, str(error))
     except (KeyboardInterrupt, Cancelled):
         return _ended(INTERRUPTED, "interrupted; no file was left half written")

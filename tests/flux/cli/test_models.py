@@ -63,3 +63,10 @@ def test_json_is_the_catalogue(flux, facts):
 def test_the_version_is_the_project_s(flux):
     assert re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1] == VERSION
     assert flux("--version").out == [f"FLUX Foundry {VERSION}"]
+
+
+def test_the_project_and_the_manager_install_the_same():
+    """ComfyUI-Manager reads requirements.txt, pip reads pyproject.toml."""
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
+    assert re.findall(r'"(.+)"', listed) == (ROOT / "requirements.txt").read_text().split()
