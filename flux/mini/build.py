@@ -37,7 +37,7 @@ AUTOENCODER = AutoencoderRecipe(joint_steps=1000, decoder_steps=4000)
 TEXT = TextRecipe(steps=900)
 NATIVE_SCENES, OTHER_SCENES = 30_000, 700
 # What ships was trained in sittings: 290,000 samples on scenes with free places, kept as a start, then 4,700 steps on
-# scenes with fewer places, the last 1,900 lowering the learning rate. From nothing, these are the numbers to begin with.
+# scenes with fewer places, the last 1,900 lowering the learning rate. From nothing, begin with these numbers.
 BASE = {"steps": 8000, "decay": 3000, "batch": 64, "learning_rate": 2e-3}
 GUIDED = {"steps": 240, "decay": 180, "batch": 64, "learning_rate": 6e-4}
 SCHNELL = {"steps": 340, "decay": 250, "batch": 64, "learning_rate": 7e-4}
