@@ -648,6 +648,20 @@ def test_batches_pair_latents_with_prompts_that_ask_for_them():
     assert 15 < others < 60  # of 300, at a share of 0.12
 
 
+def test_scenes_with_more_objects_are_drawn_more_often():
+    data, encoders = latent_set(), FakeEncoders()
+    crowd = Request(objects=(Wanted("star", "red", count=3),))
+    data.requests[128, 128][2] = crowd
+    batches = Batches(data, encoders, 6, "test")
+    drawn = 0
+    for step in range(300):
+        latents, *_ = batches.labelled_at(step)
+        if latents.shape[1:] == (16, 4, 4):
+            drawn += sum("three red stars" in prompt.lower() for prompt in encoders.prompts[-1])
+    share = drawn / (300 * 6 * (1 - train_flow.OTHER_SIZES_SHARE))
+    assert share == pytest.approx(2 / 5, abs=0.05)  # 2 against three signs of 1
+
+
 def test_a_batch_is_a_function_of_seed_and_step():
     def batch(seed, step):
         encoders = FakeEncoders()
