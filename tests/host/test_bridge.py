@@ -8,6 +8,7 @@ from client import Host, Prompt, RefusedError
 from graph import core_sampler, node, our_sampler, start
 from safetensors.torch import save_file
 
+
 def same(latent: str) -> dict:
     """An output node, so that what is before it runs."""
     return node("ProbeCompare", a=[latent, 0], b=[latent, 0])

@@ -33,7 +33,7 @@ def part(request, tmp_path_factory):
 
 
 def oracle_walk(model, prompt, noise, mu):
-    """The estimate of the final latents in each step, and the final ones, packed, computed as diffusers' pipeline does."""
+    """Each step's estimate of the final latents, and the final ones, packed, computed as diffusers' pipeline does."""
     oracle = flux1_oracle(model)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=mu is not None)
     sigmas = torch.linspace(1, 1 / STEPS, STEPS).tolist()
