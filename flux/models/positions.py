@@ -11,6 +11,9 @@ from torch import Tensor
 __all__ = ["apply_rope", "image_ids", "rope", "text_ids"]
 
 
+WITHOUT_FP64 = ("mps",)  # devices that cannot hold the angles' precision; the CPU computes them for these
+
+
 def image_ids(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Ids (height * width, 3) of image tokens, row-major: (0, row, column). Sizes are in tokens."""
     ids = torch.zeros(height, width, 3, device=device)
@@ -32,12 +35,13 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
         axes: Dimensions given to each axis, even, D in all.
         theta: Base of the frequencies ``theta ** (-2i / d)``.
     """
+    places = ids.cpu() if ids.device.type in WITHOUT_FP64 else ids
     angles = []
     for axis, dim in enumerate(axes):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=places.device) / dim
         omega = theta**-exponents
-        angles.append((ids[:, axis, None].double() * omega).float())
-    joined = torch.cat(angles, dim=-1)
+        angles.append((places[:, axis, None].double() * omega).float())
+    joined = torch.cat(angles, dim=-1).to(ids.device)
     return torch.polar(torch.ones_like(joined), joined)
 
 

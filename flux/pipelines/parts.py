@@ -23,9 +23,9 @@ from ..ops.dtypes import compute_dtype
 from ..ops.layers import on_meta
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
-from ..specs.recognise import HasShape, Recognised, recognise_kind
+from ..specs.recognise import Recognised, recognise_kind
 from ..specs.text import ClipTextSpec, T5Spec
-from ..weights.readers.safetensors import SafetensorsFile
+from ..weights.readers.safetensors import DTYPES, SafetensorsFile, TensorEntry
 
 __all__ = [
     "Part", "open_autoencoder", "open_clip", "open_t5", "open_transformer",
@@ -124,15 +124,17 @@ ALIASES = ((".scale", ".weight"), ("shared.weight", "encoder.embed_tokens.weight
 IGNORED_ENDINGS = (".position_ids", "text_projection.weight", "encoder.embed_tokens.weight", "logit_scale")
 
 
-def match_names(module: nn.Module, file: Mapping[str, HasShape], prefix: str, label: str) -> dict[str, str]:
+def match_names(module: nn.Module, file: Mapping[str, TensorEntry], prefix: str, label: str) -> dict[str, str]:
     """For each parameter of ``module`` the name of its tensor in ``file``.
 
     Raises:
-        FileError: A parameter has no tensor or one of another shape, or a tensor below the prefix belongs to none.
+        FileError: A parameter has no tensor, or one of another shape or of whole numbers, or a tensor below the prefix
+            belongs to none.
     """
     names: dict[str, str] = {}
     missing: list[str] = []
     misshapen: list[str] = []
+    packed: list[str] = []
     for name, parameter in module.named_parameters():
         choices = [name, *(name.removesuffix(ours) + theirs for ours, theirs in ALIASES if name.endswith(ours))]
         found = next((prefix + c for c in choices if prefix + c in file), None)
@@ -140,6 +142,8 @@ def match_names(module: nn.Module, file: Mapping[str, HasShape], prefix: str, la
             missing.append(name)
             continue
         names[name] = found
+        if file[found].dtype in DTYPES and not DTYPES[file[found].dtype].is_floating_point:
+            packed.append(f"{found} as {file[found].dtype}")
         if tuple(file[found].shape) != tuple(parameter.shape):
             misshapen.append(f"{found} {list(file[found].shape)} in place of {list(parameter.shape)}")
     taken = set(names.values())
@@ -148,6 +152,7 @@ def match_names(module: nn.Module, file: Mapping[str, HasShape], prefix: str, la
         ("lacks tensors", missing),
         ("has unknown tensors", unknown),
         ("has tensors of another shape", misshapen),
+        ("stores whole numbers, which this version does not unpack", packed),
     ):
         if listed:
             shown = ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")

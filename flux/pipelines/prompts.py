@@ -52,9 +52,9 @@ class TextEncoders:
         clip_ids = self.clip_tokenizer(prompt if clip_prompt is None else clip_prompt)
         t5_ids = self.t5_tokenizer(prompt, length)
         if warn is not None:
-            _warn_if_cut(warn, t5_ids, self.t5.spec.name)
+            _warn_if_cut(warn, t5_ids, self.t5.spec.name, special=1)
             if clip_prompt is not None:
-                _warn_if_cut(warn, clip_ids, self.clip.spec.name)
+                _warn_if_cut(warn, clip_ids, self.clip.spec.name, special=2)
         with self.clip.resident() as clip:
             _, pooled = clip(torch.tensor([clip_ids.ids], device=self.clip.device))
         with self.t5.resident() as t5:
@@ -62,10 +62,11 @@ class TextEncoders:
         return EncodedPrompt(tokens.float().cpu(), pooled.float().cpu())
 
 
-def _warn_if_cut(warn: Warn, ids: TokenIds, encoder: str) -> None:
+def _warn_if_cut(warn: Warn, ids: TokenIds, encoder: str, special: int) -> None:
+    """Say what was left out; ``special`` counts the tokens that frame a text."""
     if ids.cut:
-        whole = ids.used - 1 + ids.cut
-        warn(f"the prompt has {whole} tokens, {encoder} takes {ids.used - 1}: the last {ids.cut} were left out")
+        room = ids.used - special
+        warn(f"the prompt has {room + ids.cut} tokens, {encoder} takes {room}: the last {ids.cut} were left out")
 
 
 def open_text_encoders(

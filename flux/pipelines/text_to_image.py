@@ -180,10 +180,12 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
         warn("the negative prompt has no effect at cfg 1; give a cfg above 1 (2 to 5 is usual)")
     if request.sigmas is not None and (request.steps is not None or request.denoise < 1):
         warn("steps and denoise have no effect beside explicit sigmas")
+    sigmas = plan_sigmas(spec, request, (width // GRID) * (height // GRID))
+    _check_ends(request, sigmas, warn)
     return _Plan(
         width=width,
         height=height,
-        sigmas=plan_sigmas(spec, request, (width // GRID) * (height // GRID)),
+        sigmas=sigmas,
         guidance=guidance,
         cfg=cfg,
         seeds=image_seeds(request.seed, request.count),
@@ -250,6 +252,19 @@ def plan_sigmas(spec: Flux1Spec, request: Request, tokens: int) -> list[float]:
         mu = flux1_mu(tokens)
     steps = spec.steps if request.steps is None else request.steps
     return shorten(lambda n: make_schedule(request.schedule, n, mu), steps, request.denoise)
+
+
+def _check_ends(request: Request, sigmas: list[float], warn: Callable[[str], None]) -> None:
+    """Explicit sigmas must begin where the run does, and are told of where they leave noise in the picture."""
+    if request.sigmas is None:
+        return
+    if request.image is None and sigmas[0] < 1:
+        raise UserError(
+            f"the sigmas begin at {sigmas[0]:g} without a picture to start from; give one, or begin at 1, which is "
+            "pure noise"
+        )
+    if sigmas[-1] > 0:
+        warn(f"the sigmas end at {sigmas[-1]:g}, not at 0: that much noise stays in the picture")
 
 
 def round_size(value: int) -> int:

@@ -34,6 +34,7 @@ from .weights import HostLayers, Numbers, Weights, choose_numbers, open_weights
 __all__ = ["HostTextEncoders", "HostTokenizer", "load_clip", "real_or_embedded_tokenizers"]
 
 WeightedTokens = list[tuple[int, float]]
+TITLES = {"l": "CLIP-L", "t5xxl": "T5"}
 NAMES = {"l": "clip_l", "t5xxl": "t5xxl"}  # the host's names of tokens, and of modules (LoRA nodes look for these)
 
 
@@ -50,19 +51,34 @@ class HostTokenizer:
         self.clip, self.t5, self.t5_length = clip, t5, t5_length
 
     def tokenize_with_weights(
-        self, text: str, return_word_ids: bool = False, **_: Any
+        self, text: str, return_word_ids: bool = False, cut_told_of: str = "t5xxl", **_: Any
     ) -> dict[str, list[list[tuple[Any, ...]]]]:
-        """Token ids with weights for each encoder; ``(a:1.2)`` sets the weight of a."""
-        return {
-            "l": [self._weigh(text, self.clip, self.clip.frame, 1, "clip_l", return_word_ids)],
-            "t5xxl": [
-                self._weigh(text, self.t5, partial(self.t5.frame, length=self.t5_length), 0, "t5", return_word_ids)
-            ],
+        """Token ids with weights for each encoder; ``(a:1.2)`` sets the weight of a.
+
+        Args:
+            text: The prompt.
+            return_word_ids: Whether each token carries a word number as well, as the host asks of its own.
+            cut_told_of: The encoder whose cut text the user is told of: T5 for a prompt of both, since the picture
+                follows it and CLIP's short limit is passed by many good prompts.
+        """
+        frames = {
+            "l": (self.clip, self.clip.frame, 1),
+            "t5xxl": (self.t5, partial(self.t5.frame, length=self.t5_length), 0),
         }
+        tokens = {}
+        for name, (tokenizer, frame, before) in frames.items():
+            tokens[name], framed = self._weigh(text, tokenizer, frame, before, return_word_ids)
+            if framed.cut and name == cut_told_of:
+                room = framed.used - 1 - before
+                say(
+                    f"the prompt has {room + framed.cut} tokens, {TITLES[name]} takes {room}: the last {framed.cut} "
+                    "were left out"
+                )
+        return {name: [pairs] for name, pairs in tokens.items()}
 
     def _weigh(
-        self, text: str, tokenizer: ClipTokenizer | T5Tokenizer, frame: Any, before: int, label: str, word_ids: bool
-    ) -> list[tuple[Any, ...]]:
+        self, text: str, tokenizer: ClipTokenizer | T5Tokenizer, frame: Any, before: int, word_ids: bool
+    ) -> tuple[list[tuple[Any, ...]], TokenIds]:
         segments = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
         ids: list[int] = []
         weights: list[float] = []
@@ -71,13 +87,10 @@ class HostTokenizer:
             ids += pieces
             weights += [weight] * len(pieces)
         framed: TokenIds = frame(ids)
-        if framed.cut and label == "t5":
-            room = framed.used - 1
-            say(f"the prompt has {room + framed.cut} tokens, T5 takes {room}: the last {framed.cut} were left out")
         weights = [1.0] * before + weights[: framed.used - 1 - before]
         weights += [1.0] * (len(framed.ids) - len(weights))
         pairs = zip(framed.ids, weights, strict=True)
-        return [(*pair, 0) if word_ids else pair for pair in pairs]
+        return [(*pair, 0) if word_ids else pair for pair in pairs], framed
 
     def untokenize(self, tokens: list[tuple[Any, ...]]) -> list[tuple[Any, str]]:
         return [(token, self.t5.token(token[0])) for token in tokens]

@@ -29,14 +29,15 @@ def encode(clip: Any, clip_prompt: str, t5_prompt: str, guidance: float) -> Cond
     Raises:
         MismatchError: The CLIP is another family's.
     """
-    tokens = clip.tokenize(clip_prompt)
+    apart = t5_prompt != clip_prompt
+    tokens = clip.tokenize(clip_prompt, **({"cut_told_of": "l"} if apart else {}))
     missing = [name for name in TOKENS if name not in tokens]
     if missing:
         raise MismatchError(
             f"this CLIP has the encoders {', '.join(tokens)}, but FLUX.1 needs CLIP-L and T5-XXL; load them with "
             "Load FLUX Text Encoders, or with DualCLIPLoader and type flux"
         )
-    if t5_prompt != clip_prompt:
+    if apart:
         tokens["t5xxl"] = clip.tokenize(t5_prompt)["t5xxl"]
     return clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": guidance})
 

@@ -146,6 +146,14 @@ def test_a_latent_with_other_channels_is_refused_by_decoders(host: Host) -> None
         assert "4 channels" in outcome.error
 
 
+def test_a_latent_with_other_channels_is_refused_by_our_sampler(host: Host) -> None:
+    latent = {"four": node("ProbeForeignLatent", channels=4)}
+    sample = our_sampler(steps=2, latent=["four", 0])
+    message = failure(host, {**start(), **latent, "sample": sample, "out": same("sample")})
+    assert "4 channels" in message
+    assert "16" in message
+
+
 def test_a_file_that_is_something_else_is_named(host: Host) -> None:
     folder = host.base / "models" / "diffusion_models"
     save_file({"text_model.final_layer_norm.weight": torch.zeros(768)}, folder / "a-clip.safetensors")
@@ -191,6 +199,16 @@ def test_a_prompt_that_is_too_long_is_cut_and_said(host: Host) -> None:
     assert "T5 takes 63: the last" in (host.base / "log.txt").read_text()
 
 
+def test_a_prompt_of_its_own_for_clip_is_cut_by_clips_limit_and_said(host: Host) -> None:
+    text = node("FluxFoundryTextEncode", clip=["load", 1], prompt="a red star", clip_prompt="red " * 80, guidance=3.0)
+    log = host.base / "log.txt"
+    before = len(log.read_text())
+    host.succeed({**start(), "text": text, "sample": our_sampler(steps=1), "out": same("sample")})
+    said = log.read_text()[before:]
+    assert "CLIP-L takes 38: the last 42" in said
+    assert "T5 takes" not in said
+
+
 def test_an_empty_prompt_is_allowed(host: Host) -> None:
     host.succeed({**start(text=""), "sample": our_sampler(steps=1), "out": same("sample")})
 
@@ -205,7 +223,7 @@ def test_more_steps_than_a_table_holds_give_the_bits_of_the_direct_run(host: Hos
 def test_a_latent_of_another_autoencoder_is_refused_by_name(host: Host) -> None:
     prompt = {
         **start(),
-        "foreign": node("ProbeForeignLatent"),
+        "foreign": node("ProbeForeignLatent", channels=16),
         "decode": node("FluxFoundryDecode", vae=["load", 2], latent=["foreign", 0]),
         "save": node("SaveImage", images=["decode", 0], filename_prefix="test"),
     }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from client import Host, Prompt
 from graph import STEPS, core_sampler, end, node, our_sampler, start
 from pictures import OTHER_PROMPT, OTHER_REQUEST, PROMPT, REQUEST, assert_shows, pixels
 
+from flux.mini.files import MINI, MINI_SCHNELL, open_mini
+from flux.pipelines.text_to_image import Request, generate
+
+LEVELS = 2  # of 255, by which a few pixels may differ: one side rounds where the other cuts
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_snr")
 
 
@@ -67,6 +72,23 @@ def test_a_core_loaded_model_gives_the_same_picture_in_our_sampler(host: Host, m
     outcome = host.succeed(prompt)
     assert outcome.report()["largest"] < 1e-3 * outcome.report()["spread"]
     assert_shows(host.picture(prompt), REQUEST)
+
+
+@pytest.mark.parametrize(("model", "steps"), [("mini", STEPS), ("mini schnell", 4)])
+def test_the_engine_without_a_host_draws_the_picture_of_the_hosts_own_loader(
+    host: Host, model: str, steps: int
+) -> None:
+    file = "flux1-" + model.replace(" ", "-") + ".safetensors"
+    prompt = {
+        **start(model),
+        "core": node("UNETLoader", unet_name=file, weight_dtype="default"),
+        "sample": our_sampler("core", steps=steps),
+        **end(),
+    }
+    files = MINI if model == "mini" else MINI_SCHNELL
+    [alone] = generate(open_mini(files), Request(prompt=PROMPT, seed=7, steps=steps, guidance=3.0))
+    difference = np.abs(pixels(host.picture(prompt)).astype(int) - alone.pixels.numpy().astype(int))
+    assert difference.max() <= LEVELS
 
 
 def test_the_cores_sampler_gives_our_model_and_its_own_the_same_latent(host: Host) -> None:

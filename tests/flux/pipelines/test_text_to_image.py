@@ -139,6 +139,33 @@ def test_explicit_sigmas_are_used_as_they_are(model):
     assert result.settings["schedule"] == "explicit"
 
 
+def test_sigmas_that_begin_below_noise_need_a_picture(model):
+    with pytest.raises(UserError, match="begin at 0.6 without a picture"):
+        pixels(model, steps=None, sigmas=[0.6, 0.0])
+    assert pixels(model, steps=None, sigmas=[0.6, 0.0], image=picture()).shape == (SIDE, SIDE, 3)
+
+
+def test_sigmas_that_leave_noise_are_run_and_it_is_said(model):
+    told = []
+    generate(model, asked(steps=None, sigmas=[1.0, 0.2]), Hooks(warn=told.append))
+    assert told == ["the sigmas end at 0.2, not at 0: that much noise stays in the picture"]
+
+
+def test_a_prompt_for_clip_is_cut_by_clips_own_limit(model):
+    told = []
+    generate(model, asked(clip_prompt="red " * 80), Hooks(warn=told.append))
+    assert told == ["the prompt has 80 tokens, clip-mini takes 38: the last 42 were left out"]
+
+
+def test_weights_stored_as_whole_numbers_are_refused_by_name(tmp_path):
+    def to_bytes(tensors):
+        tensors["img_in.weight"] = tensors["img_in.weight"].to(torch.int8)
+
+    files = write_tiny(tmp_path, change=to_bytes)
+    with pytest.raises(FileError, match=r"stores whole numbers.*img_in.weight as I8"):
+        open_tiny(files)
+
+
 def test_the_default_shift_comes_from_the_size_for_models_that_were_trained_so():
     assert plan_sigmas(TINY, asked(), 4096)[1] > plan_sigmas(TINY, asked(), 256)[1]
     assert plan_sigmas(TINY_SCHNELL, asked(), 4096) == flux_schedule(STEPS, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 
 import comfy.patcher_extension
 import comfy.sampler_helpers
@@ -61,15 +62,17 @@ class ProbePick(io.ComfyNode):
 
 
 class ProbeForeignLatent(io.ComfyNode):
-    """A latent of a model whose autoencoder is not the embedded one."""
+    """A latent of another model: of FLUX.1's autoencoder, or, with other channels, of another family."""
 
     @classmethod
     def define_schema(cls):
-        return io.Schema("ProbeForeignLatent", category="probe", inputs=[], outputs=[io.Latent.Output()])
+        inputs = [io.Int.Input("channels", default=16)]
+        return io.Schema("ProbeForeignLatent", category="probe", inputs=inputs, outputs=[io.Latent.Output()])
 
     @classmethod
-    def execute(cls):
-        return io.NodeOutput({"samples": torch.ones(1, 16, 16, 16), "fluxfoundry_autoencoder": "flux1-ae"})
+    def execute(cls, channels):
+        latent = {"samples": torch.ones(1, channels, 16, 16)}
+        return io.NodeOutput(latent | ({"fluxfoundry_autoencoder": "flux1-ae"} if channels == 16 else {}))
 
 
 class ProbeTokens(io.ComfyNode):
@@ -94,18 +97,27 @@ class ProbeModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        options = ["direct", "identity blocks", "nan"]
-        inputs = [io.Model.Input("model"), io.Combo.Input("what", options=options)]
+        options = ["direct", "identity blocks", "slow blocks", "nan"]
+        what, seconds = io.Combo.Input("what", options=options), io.Float.Input("seconds", default=0.0)
+        inputs = [io.Model.Input("model"), what, seconds]
         return io.Schema("ProbeModel", category="probe", inputs=inputs, outputs=[io.Model.Output()])
 
     @classmethod
-    def execute(cls, model, what):
+    def execute(cls, model, what, seconds=0.0):
         model = model.clone()
         if what == "direct":
             model.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, KEY)
         if what == "identity blocks":
             for kind in ("double_block", "single_block"):
                 model.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", kind, 0)
+        if what == "slow blocks":
+
+            def slowly(args, extra):
+                time.sleep(seconds)
+                return extra["original_block"](args)
+
+            for index in range(len(model.model.diffusion_model.single_blocks)):
+                model.set_model_patch_replace(slowly, "dit", "single_block", index)
         if what == "nan":
             model.set_model_unet_function_wrapper(lambda apply, args: torch.full_like(args["input"], torch.nan))
         return io.NodeOutput(model)
