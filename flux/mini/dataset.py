@@ -5,6 +5,8 @@ A scene is a function of the data set's seed and its number, so only latents are
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ..models.autoencoder import Autoencoder
 from ..training.checkpoints import load_checkpoint, save_checkpoint
+from . import language, scenes
 from .labels import token_labels
 from .language import Request, random_request
 from .scenes import draw, lay_out
@@ -61,24 +64,47 @@ def build_latent_set(
 ) -> LatentSet:
     """Encode ``native`` scenes of 128x128 and ``others`` of each further size.
 
-    A size whose file is already in ``folder`` is taken as it is.
+    A size whose file in ``folder`` holds these very scenes, encoded by this very autoencoder, is taken as it is; any
+    other is made anew, and it is said.
     """
+    origin = origin_of(autoencoder, seed)
     latents, requests, labels = {}, {}, {}
     for canvas in CANVASES:
         count = native if canvas == NATIVE else others
         path = folder / f"latents-{canvas[0]}x{canvas[1]}.safetensors"
-        if path.exists():
-            tensors, _ = load_checkpoint(path)
-            latents[canvas] = tensors["latents"]
-        else:
-            latents[canvas] = _encode_scenes(autoencoder, canvas, count, seed)
-            save_checkpoint(path, {"latents": latents[canvas]})
+        kept = _kept(path, origin | {"count": count}, report)
+        if kept is None:
+            kept = _encode_scenes(autoencoder, canvas, count, seed)
+            save_checkpoint(path, {"latents": kept}, origin | {"count": count})
+        latents[canvas] = kept
         drawn = [request_of(seed, canvas, i) for i in range(len(latents[canvas]))]
         requests[canvas] = [request for request, _ in drawn]
         answers = [token_labels(lay_out(request, rng, *canvas)) for request, rng in drawn]
         labels[canvas] = torch.from_numpy(np.stack(answers))
         report(f"latents: {len(latents[canvas])} scenes of {canvas[0]}x{canvas[1]}")
     return LatentSet(latents, requests, labels)
+
+
+def origin_of(autoencoder: Autoencoder, seed: int) -> dict[str, object]:
+    """What latents depend on: the seed, the code that draws scenes, and the encoder's weights, as digests."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.encoder.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    code = hashlib.sha256(b"".join(Path(inspect.getfile(m)).read_bytes() for m in (language, scenes)))
+    return {"seed": seed, "scene code": code.hexdigest(), "encoder": weights.hexdigest()}
+
+
+def _kept(path: Path, origin: dict[str, object], report: Callable[[str], None]) -> Tensor | None:
+    """The latents of a file if they are of this origin."""
+    if not path.exists():
+        return None
+    tensors, found = load_checkpoint(path)
+    changed = [key for key, value in origin.items() if found.get(key) != value]
+    if changed:
+        report(f"latents: {path.name} is of another {' and '.join(changed)}; it is made again")
+        return None
+    return tensors["latents"]
 
 
 @torch.inference_mode()

@@ -27,7 +27,11 @@ def autoencoder(monkeypatch):
 
 
 class Unused(torch.nn.Module):
-    """An autoencoder that must not be asked."""
+    """An autoencoder with the weights of another that must not be asked."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.encoder = other.encoder
 
     def encode(self, pixels):
         raise AssertionError("encoded again")
@@ -104,7 +108,7 @@ def test_equal_seeds_give_equal_latents(tmp_path, autoencoder):
 
 def test_latents_on_disk_are_taken_as_they_are(tmp_path, autoencoder):
     first, _ = build(tmp_path, autoencoder)
-    second, lines = build(tmp_path, Unused())
+    second, lines = build(tmp_path, Unused(autoencoder))
     assert second.requests == first.requests
     for canvas in TWO_CANVASES:
         assert torch.equal(second.latents[canvas], first.latents[canvas])
@@ -116,6 +120,23 @@ def test_only_the_missing_size_is_encoded(tmp_path, autoencoder):
     first, _ = build(tmp_path, autoencoder)
     (tmp_path / "latents-96x128.safetensors").unlink()
     with pytest.raises(AssertionError, match="encoded again"):
-        build(tmp_path, Unused())
+        build(tmp_path, Unused(autoencoder))
     second, _ = build(tmp_path, autoencoder)
     assert torch.equal(second.latents[96, 128], first.latents[96, 128])
+
+
+def test_latents_of_other_scenes_seeds_or_encoders_are_made_again(tmp_path, autoencoder, monkeypatch):
+    build(tmp_path, autoencoder)
+    again, lines = build(tmp_path, autoencoder, seed=1)
+    fresh, _ = build(tmp_path / "fresh", autoencoder, seed=1)
+    assert torch.equal(again.latents[NATIVE], fresh.latents[NATIVE])
+    assert lines[0] == "latents: latents-128x128.safetensors is of another seed; it is made again"
+    _, lines = build(tmp_path, autoencoder, seed=1, native=6)
+    assert "of another count" in lines[0]
+    with torch.no_grad():
+        autoencoder.encoder.conv_in.weight += 1
+    _, lines = build(tmp_path, autoencoder, seed=1, native=6)
+    assert "of another encoder" in lines[0]
+    monkeypatch.setattr(dataset, "scenes", dataset.language)
+    _, lines = build(tmp_path, autoencoder, seed=1, native=6)
+    assert "of another scene code" in lines[0]
