@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.prompts import requests_for_measuring
+import pytest
+
+from benchmarks.prompts import OTHER_CANVASES, draw_group, measure, requests_for_measuring
+from flux.mini.files import MINI_SCHNELL, open_mini
 from flux.mini.language import Request, Wanted, is_held_out, mirrored
 
 
@@ -26,3 +29,13 @@ def test_a_mirrored_relation_means_the_same():
     assert mirrored(Request((square, circle), "left of")) == Request((circle, square), "right of")
     assert mirrored(Request((square, circle), "above", "white")) == Request((circle, square), "below", "white")
     assert mirrored(Request((square, circle))) == Request((square, circle))
+
+
+@pytest.mark.parametrize("canvas", OTHER_CANVASES)
+def test_other_canvases_are_drawn_and_judged_at_their_own_size(canvas):
+    model = open_mini(MINI_SCHNELL)
+    width, height = canvas
+    assert draw_group(model, ["a red star"], 1, canvas).shape == (1, height, width, 3)
+    rates = measure("mini-schnell", 16, model=model, canvas=canvas).tally.rates()
+    assert rates["all asked"] == 16
+    assert rates["background"] >= 0.75  # against noise: a plain ground of the right colour is there
