@@ -25,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--stage", choices=STAGES, action="append", help="run only this stage; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="where models train: cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--device",
+        help="where the transformers and the autoencoder train: cpu, cuda, ... (default: cuda where there is one); the "
+        "small text encoders and the encoding of latents stay on the CPU",
+    )
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer's training step (needs a C++ compiler)"
     )
