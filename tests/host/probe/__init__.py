@@ -98,7 +98,7 @@ class ProbeModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         options = ["direct", "identity blocks", "slow blocks", "nan"]
-        what, seconds = io.Combo.Input("what", options=options), io.Float.Input("seconds", default=0.0)
+        what, seconds = io.Combo.Input("what", options=options), io.Float.Input("seconds", default=0.0, optional=True)
         inputs = [io.Model.Input("model"), what, seconds]
         return io.Schema("ProbeModel", category="probe", inputs=inputs, outputs=[io.Model.Output()])
 
