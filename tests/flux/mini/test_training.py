@@ -438,14 +438,15 @@ def test_guided_learns_what_guidance_gives_in_two_passes(tmp_path):
     latents, text, noise = probe()
     empty = FakeEncoders().encode([""])
     empty = TextBatch(empty.tokens.expand(4, -1, -1), empty.pooled.expand(4, -1))
-    base, student = base_model(), run_guided(tmp_path, 40, learning_rate=1e-2)
-    noisy, _ = flow_targets(latents, noise, torch.full((4,), 0.6))
+    base, student = base_model(), run_guided(tmp_path, 400, learning_rate=1e-2)
+    time = torch.tensor(train_flow.TIME_MEAN).sigmoid().item()  # the median of the times that training draws
+    noisy, _ = flow_targets(latents, noise, torch.full((4,), time))
     before, after = 0.0, 0.0
     for strength in (1.0, 3.5, 6.0):
-        positive, negative = velocity(base, noisy, 0.6, text), velocity(base, noisy, 0.6, empty)
+        positive, negative = velocity(base, noisy, time, text), velocity(base, noisy, time, empty)
         target = negative + strength * (positive - negative)
-        before += float(F.mse_loss(velocity(base, noisy, 0.6, text, strength), target))
-        after += float(F.mse_loss(velocity(student, noisy, 0.6, text, strength), target))
+        before += float(F.mse_loss(velocity(base, noisy, time, text, strength), target))
+        after += float(F.mse_loss(velocity(student, noisy, time, text, strength), target))
     assert after < 0.7 * before
 
 
