@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from .linear import Linear
 
 __all__ = ["TORCH_LAYERS", "Layers", "on_meta"]
 
@@ -28,7 +31,7 @@ class Layers(Protocol):
     def LayerNorm(self) -> Callable[..., nn.Module]: ...  # noqa: D102, N802
 
 
-TORCH_LAYERS = cast(Layers, nn)
+TORCH_LAYERS = cast(Layers, SimpleNamespace(Linear=Linear, Embedding=nn.Embedding, LayerNorm=nn.LayerNorm))
 
 
 @contextmanager

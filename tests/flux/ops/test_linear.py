@@ -1,0 +1,70 @@
+"""The product with weights: the same numbers by either way, and a gradient where one is wanted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import flux.ops.linear as module
+from flux.ops.linear import Linear, linear
+
+TOLERANCE = 2e-6  # of the largest output; two ways of summing some hundreds of fp32 products
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The inputs' shapes that oneDNN was given."""
+    real, seen = module._one_dnn, []
+
+    def recorded(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(x.shape)
+        return real(x, *rest)
+
+    if real is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(module, "_one_dnn", recorded)
+    return seen
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+def test_torch_still_has_the_function():
+    assert module._one_dnn is not None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 3, 256), (1, 300, 256)])
+def test_one_dnn_gives_torchs_numbers(calls, shape, bias):
+    layer = Linear(256, 512, bias=bias)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        out, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+    assert len(calls) == 1
+    assert out.shape == expected.shape
+    assert (out - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_inputs_that_are_views_keep_their_order(calls):
+    weight, wide = torch.randn(512, 256), torch.randn(2, 20, 1024)
+    with torch.inference_mode():
+        for x in (wide[..., 512:768], wide[..., :256].transpose(0, 1)):
+            expected = F.linear(x.contiguous(), weight)
+            assert (linear(x, weight) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert len(calls) == 2
+
+
+def test_gradients_flow(calls):
+    layer, x = Linear(256, 512), torch.randn(4, 256, requires_grad=True)
+    layer(x).sum().backward()
+    assert calls == []
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(4, -1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_torchs_own_serves_what_one_dnn_should_not_get(calls):
+    linear(torch.randn(4, 64), torch.randn(64, 64))  # small
+    linear(torch.randn(4, 256, dtype=torch.float64), torch.randn(512, 256, dtype=torch.float64))
+    assert linear(torch.randn(0, 256), torch.randn(512, 256)).shape == (0, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(4, 256), torch.randn(512, 256)).dtype == torch.bfloat16
+    assert calls == []
