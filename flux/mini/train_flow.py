@@ -49,7 +49,7 @@ EMPTY_SHARE = 0.1
 # How often a scene is drawn, by the number of its objects: the more a prompt names, the more there is to get wrong. A
 # sign (no objects) is one picture for one sentence and needs the least.
 DRAW_WEIGHTS = (1.0, 1.5, 1.5, 2.0)
-OTHER_SIZES_SHARE = 0.12  # of the steps, on a size other than the native one
+OTHER_SIZES_SHARE = 0.35  # of the steps, on a size other than the native one
 GRADIENT_NORM = 1.0
 TAPPED_BLOCK = 1  # the single block whose image tokens answer questions, about midway
 ANSWERS_WEIGHT = 0.5
