@@ -1,8 +1,8 @@
 """The matrix product with weights: torch's own, or oneDNN's where that is the faster of the two.
 
 On x86 torch gives fp32 products to MKL, which does not choose its kernels by the instructions that a processor has;
-oneDNN does. At a middle-sized FLUX.1's shapes oneDNN was 1.15 to 1.4 times as fast on an AMD EPYC with AVX-512
-(``python -m benchmarks.transformer`` shows the whole step).
+oneDNN does. On an AMD EPYC with AVX-512 it took a middle-sized FLUX.1's step from about as long as diffusers' to nine
+tenths of it (``python -m benchmarks.transformer``).
 """
 
 from __future__ import annotations
