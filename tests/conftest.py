@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,3 +15,10 @@ if str(ROOT) not in sys.path:
 
 # The models of these tests are tiny: threads cost more than they bring, above all on a busy machine (68 s against 12).
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[False, True], ids=["gradients", "inference"])
+def as_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test once as training runs, and once as the engine does, which has faster ways of its own there."""
+    with torch.inference_mode(request.param):
+        yield

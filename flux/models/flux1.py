@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.attention import attention
+from ..ops.dtypes import clamp_to_range
 from ..ops.layers import TORCH_LAYERS, Layers
 from ..specs.flux1 import Flux1Spec
 from .positions import apply_rope, rope
@@ -99,13 +100,14 @@ class Flux1(nn.Module):
             if observe is not None:
                 observe(index)
             img, txt = double(img, txt, rotation, modulations.image[index], modulations.text[index])
+            img, txt = clamp_to_range(img), clamp_to_range(txt)
         x = torch.cat((txt, img), dim=1)
         text_length = txt.shape[1]
         del img, txt
         for index, single in enumerate(self.single_blocks):
             if observe is not None:
                 observe(len(self.double_blocks) + index)
-            x = single(x, rotation, modulations.single[index])
+            x = clamp_to_range(single(x, rotation, modulations.single[index]))
         out: Tensor = self.final_layer(x[:, text_length:], modulations.final)
         return out
 

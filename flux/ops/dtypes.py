@@ -10,12 +10,15 @@ import functools
 import time
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["compute_dtype", "fast_dtype"]
+__all__ = ["clamp_to_range", "compute_dtype", "fast_dtype"]
 
 PROBE_ROWS, PROBE_WIDTH = 256, 512
 PROBE_REPEATS = 3
+SMALL_MODEL = 100_000_000  # parameters up to which fp32 costs nobody anything
+FP16_LIMIT = torch.finfo(torch.float16).max  # 65504
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -48,9 +51,6 @@ def _probe_seconds(dtype: torch.dtype, rows: int = PROBE_ROWS, repeats: int = PR
     return best
 
 
-SMALL_MODEL = 100_000_000  # parameters up to which fp32 costs nobody anything
-
-
 def compute_dtype(device: torch.device | str, parameters: int) -> torch.dtype:
     """What weights become where they run: fp32 for small models on a CPU, else what the device multiplies fast.
 
@@ -61,3 +61,12 @@ def compute_dtype(device: torch.device | str, parameters: int) -> torch.dtype:
     if torch.device(device).type == "cpu" and parameters <= SMALL_MODEL:
         return torch.float32
     return fast_dtype(device)
+
+
+def clamp_to_range(x: Tensor) -> Tensor:
+    """fp16 with what overflowed (infinities) put back to the largest number it holds; other formats as they are.
+
+    The residual streams of FLUX.1's text side and of T5-XXL leave fp16's range in some blocks. An infinity would become
+    NaN in the next norm and spread to every token; the largest number only bends one channel. NaN stays NaN.
+    """
+    return x.clamp(-FP16_LIMIT, FP16_LIMIT) if x.dtype == torch.float16 else x

@@ -7,15 +7,34 @@ tenths of it (``python -m benchmarks.transformer``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = ["Linear", "linear"]
 
+PLAIN: tuple[str, list[float], str] = ("none", [], "")  # no activation behind the product
 SMALLEST = 256 * 256  # weights in a matrix from which on oneDNN's longer way to its kernel is paid back
-_built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's stubs lack it
-_one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _built_in else None
+
+
+def _find_one_dnn() -> Callable[..., Tensor] | None:
+    """Torch's way to oneDNN's product, tried once: the function is torch's own and may change or go."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's stubs lack it
+        return None
+    product: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if product is None:
+        return None
+    try:
+        with torch.no_grad():
+            out = product(torch.ones(1, 2), torch.ones(3, 2), None, *PLAIN)
+    except (RuntimeError, TypeError):
+        return None
+    return product if out.tolist() == [[2.0, 2.0, 2.0]] else None
+
+
+_one_dnn = _find_one_dnn()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,8 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         Outputs (..., N).
     """
     if _one_dnn is not None and _suits_one_dnn(x, weight):
-        out: Tensor = _one_dnn(x, weight, bias, "none", [], "")
-        return out
+        return _one_dnn(x, weight, bias, *PLAIN)
     return F.linear(x, weight, bias)
 
 
@@ -41,6 +59,7 @@ def _suits_one_dnn(x: Tensor, weight: Tensor) -> bool:
         weight.dtype == x.dtype == torch.float32
         and weight.device.type == x.device.type == "cpu"
         and weight.numel() >= SMALLEST
+        and x.shape[-1:] == weight.shape[1:]
         and x.numel() > 0
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...ops.attention import attention
+from ...ops.dtypes import clamp_to_range
 from ...ops.layers import TORCH_LAYERS, Layers
 from ...specs.text import T5Spec
 
 __all__ = ["T5Encoder", "relative_buckets"]
 
 NORM_EPS = 1e-6
-FP16_LIMIT = 65504.0
+GATED_LIMIT = 1024.0  # to which fp16 scales the gated features down: far enough from its limit for the sum behind
 
 
 class T5Encoder(nn.Module):
@@ -78,8 +79,7 @@ class Block(nn.Module):
         attend, feed = self.layer
         x = x + attend(x, bias)
         x = x + feed(x)
-        # fp16 overflows here in T5-XXL; infinities would spread to every token.
-        return x.clamp(-FP16_LIMIT, FP16_LIMIT) if x.dtype == torch.float16 else x
+        return clamp_to_range(x)  # T5-XXL overflows here
 
 
 class AttentionLayer(nn.Module):
@@ -148,8 +148,19 @@ class GatedDense(nn.Module):
         self.wo = layers.Linear(spec.mlp_width, spec.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+        gate, features = F.gelu(self.wi_0(x), approximate="tanh"), self.wi_1(x)
+        out: Tensor = self.wo_in_range(gate, features) if x.dtype == torch.float16 else self.wo(gate * features)
         return out
+
+    def wo_in_range(self, gate: Tensor, features: Tensor) -> Tensor:
+        """``wo(gate * features)`` in fp16, whose range T5-XXL's products leave.
+
+        The products are taken in fp32 and scaled down for each token before ``wo``, the result up again after it.
+        """
+        gated = gate.float() * features.float()
+        scale = (gated.abs().amax(dim=-1, keepdim=True) / GATED_LIMIT).clamp(min=1)
+        out: Tensor = self.wo((gated / scale).to(gate.dtype))
+        return clamp_to_range((out.float() * scale).to(out.dtype))
 
 
 class RmsNorm(nn.Module):

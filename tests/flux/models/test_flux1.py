@@ -32,6 +32,8 @@ SPECS = {
     "fill": replace(TINY, hidden=48, heads=3, axes=(2, 6, 8), single_blocks=2, in_channels=384),
     "no-single": replace(TINY, single_blocks=0),
     "no-double": replace(TINY, double_blocks=0, guidance_embedding=False),
+    # large enough for oneDNN's product, in ``ops.linear``
+    "large": replace(TINY, hidden=256, axes=(32, 48, 48), context_width=272, double_blocks=1, single_blocks=1),
     "wide-context": replace(TINY, context_width=160, pooled_width=96, hidden=128, axes=(16, 24, 24)),
 }
 SIZES = {"square": (4, 4), "wide": (3, 11), "odd": (5, 7)}
@@ -67,6 +69,7 @@ def run_oracle(oracle, image, conditions, times, pooled, guidance=None):
     ).sample
 
 
+@pytest.mark.usefixtures("as_run")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", SPECS)
@@ -76,6 +79,7 @@ def test_velocity_equals_diffusers(variant, size, batch):
     assert relative_error(run(model, *given), run_oracle(flux1_oracle(model), *given)) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("as_run")
 def test_velocity_equals_diffusers_for_small_activations():
     """Small enough for the epsilon of every norm to show."""
     model = build(TINY)
@@ -86,6 +90,7 @@ def test_velocity_equals_diffusers_for_small_activations():
     assert relative_error(run(model, image, *rest), run_oracle(flux1_oracle(model), image, *rest)) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("as_run")
 @pytest.mark.parametrize("text_length", [1, 33])
 def test_velocity_equals_diffusers_for_any_text_length(text_length):
     model = build(TINY)
@@ -93,6 +98,7 @@ def test_velocity_equals_diffusers_for_any_text_length(text_length):
     assert relative_error(run(model, *given), run_oracle(flux1_oracle(model), *given)) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("as_run")
 def test_velocity_equals_diffusers_with_text_at_places_of_its_own():
     model = build(TINY)
     image, conditions, *rest = inputs(TINY, batch=2)
@@ -102,6 +108,7 @@ def test_velocity_equals_diffusers_with_text_at_places_of_its_own():
     assert relative_error(ours, run(model, image, conditions, *rest)) > 1e-3
 
 
+@pytest.mark.usefixtures("as_run")
 def test_velocity_equals_diffusers_with_a_reference_image_behind_the_own():
     model = build(TINY)
     image, conditions, *rest = inputs(TINY, height=4, width=6)
@@ -138,6 +145,7 @@ def test_guidance_is_ignored_by_a_model_without_the_embedder():
     torch.testing.assert_close(run(model, *given, torch.tensor([30.0])), run(model, *given), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("as_run")
 def test_bf16_is_within_two_percent_of_fp32_and_no_worse_than_diffusers():
     """Both sides have the same bf16 weights and inputs, so only the arithmetic differs.
 
@@ -162,6 +170,34 @@ def test_bf16_is_within_two_percent_of_fp32_and_no_worse_than_diffusers():
     assert ours.dtype == torch.bfloat16
     assert relative_error(ours, truth) <= 0.02
     assert relative_error(ours, truth) <= 1.5 * relative_error(theirs, truth)
+
+
+@torch.inference_mode()
+def test_the_way_without_a_copy_gives_the_same_numbers():
+    model = build(TINY)
+    block = model.single_blocks[0]
+    fused = rows(2, 7, 3 * TINY.hidden + TINY.mlp_width, seed=1)
+    mixed = rows(2, TINY.heads, 7, TINY.hidden // TINY.heads, seed=2)
+    assert torch.equal(block._join(mixed, fused), block._join_in_place(mixed, fused.clone()))
+
+
+FP16_MAX = torch.finfo(torch.float16).max
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("stream", ["txt_mlp.2", "img_mlp.2", "linear2"])
+def test_fp16_that_overflows_stays_finite_and_near(stream):
+    """A row of weights that takes one channel past fp16's range, as FLUX.1's text side does in some blocks."""
+    exact = build(replace(TINY, double_blocks=1, single_blocks=1))
+    for name, parameter in exact.named_parameters():
+        if name.endswith(f"{stream}.weight"):
+            parameter[3] *= 4e4
+    half = Flux1(exact.spec).requires_grad_(False).half()
+    half.load_state_dict({name: tensor.clamp(-FP16_MAX, FP16_MAX) for name, tensor in exact.state_dict().items()})
+    image, conditions, times, pooled, guidance = inputs(exact.spec)
+    low = run(half, image.half(), conditions._replace(text=conditions.text.half()), times, pooled.half(), guidance)
+    assert bool(torch.isfinite(low).all())
+    assert relative_error(low.float(), run(exact, image, conditions, times, pooled, guidance)) < 0.2
 
 
 def test_rows_of_a_batch_do_not_see_each_other():

@@ -78,5 +78,22 @@ def test_the_probe_gives_seconds(dtype):
     assert 0 < dtypes._probe_seconds(dtype, rows=4, repeats=2) < 60
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, FP32])
+def test_only_fp16_is_clamped_and_nan_stays(dtype):
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0], dtype=dtype)
+    clamped = dtypes.clamp_to_range(x)
+    expected = [65504.0, -65504.0] if dtype == torch.float16 else [float("inf"), -float("inf")]
+    assert clamped[:2].tolist() == expected
+    assert clamped[2].isnan()
+    assert clamped[3] == 1
+
+
+def test_cards_without_bf16_take_fp16(monkeypatch, probe):
+    probe(1, 100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert fast_dtype("cuda") == torch.float16
+
+
 def test_this_machine_has_an_answer():
     assert fast_dtype("cpu") in (BF16, FP32)

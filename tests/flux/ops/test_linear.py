@@ -53,6 +53,22 @@ def test_inputs_that_are_views_keep_their_order(calls):
     assert len(calls) == 2
 
 
+def test_a_function_that_torch_changed_is_not_used(monkeypatch):
+    def changed(*_):
+        raise TypeError("no such signature")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", changed, raising=False)
+    assert module._find_one_dnn() is None
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *_: x)
+    assert module._find_one_dnn() is None
+
+
+def test_inputs_that_do_not_fit_are_torchs_to_refuse(calls):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(4, 300), torch.randn(512, 256))
+    assert calls == []
+
+
 def test_gradients_flow(calls):
     layer, x = Linear(256, 512), torch.randn(4, 256, requires_grad=True)
     layer(x).sum().backward()

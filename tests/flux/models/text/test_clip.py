@@ -17,6 +17,7 @@ SMALL = replace(
 SPECS = {
     "small": SMALL,
     "one-layer": replace(SMALL, layers=1, heads=1, width=20, mlp_width=36),
+    "large": replace(SMALL, layers=1, width=256, heads=4, mlp_width=512),  # for oneDNN's product
     "long": replace(SMALL, positions=130, heads=4, width=64, mlp_width=64),
 }
 LEGACY_EOS = 2  # in OpenAI's config.json, where the real end token is another
@@ -32,6 +33,7 @@ def prompts(spec, length):
     return ids
 
 
+@pytest.mark.usefixtures("as_run")
 @pytest.mark.parametrize("share", [0.1, 1.0])
 @pytest.mark.parametrize("eos_in_config", [None, LEGACY_EOS])
 @pytest.mark.parametrize("variant", SPECS)
@@ -45,6 +47,7 @@ def test_hidden_states_and_pooled_vector_equal_transformers(variant, eos_in_conf
     assert relative_error(pooled, theirs.pooler_output) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("as_run")
 def test_hidden_states_equal_transformers_for_small_activations():
     """Small enough for the epsilon of the norms to show."""
     model = randomise(ClipText(SMALL))

@@ -17,6 +17,7 @@ SPECS = {
     "small": SMALL,
     "narrow-heads": replace(SMALL, heads=3, head_width=6),
     "wide-heads": replace(SMALL, layers=1, heads=5, head_width=16),
+    "large": replace(SMALL, width=256, layers=1, mlp_width=320, heads=4, head_width=64),  # for oneDNN's product
     "near-only": replace(SMALL, layers=2, buckets=16, max_distance=40),
 }
 LENGTHS = [5, 64, 300]
@@ -26,6 +27,7 @@ def tokens(length, batch=2):
     return torch.randint(2, 100, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
+@pytest.mark.usefixtures("as_run")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("variant", SPECS)
 def test_hidden_states_equal_transformers_without_a_mask(variant, length):
@@ -36,6 +38,7 @@ def test_hidden_states_equal_transformers_without_a_mask(variant, length):
     assert relative_error(model(ids), theirs) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("as_run")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("variant", SPECS)
 def test_hidden_states_equal_transformers_with_a_mask(variant, length):
@@ -49,6 +52,7 @@ def test_hidden_states_equal_transformers_with_a_mask(variant, length):
     assert relative_error(ours, model(ids)) > 1e-3
 
 
+@pytest.mark.usefixtures("as_run")
 def test_hidden_states_equal_transformers_for_small_activations():
     """Small enough for the epsilon of the norms to show."""
     model = randomise(T5Encoder(SMALL))
@@ -57,6 +61,23 @@ def test_hidden_states_equal_transformers_for_small_activations():
             parameter *= 0.01
     ids = tokens(9)
     assert relative_error(model(ids), t5_oracle(model)(input_ids=ids).last_hidden_state) <= TOLERANCE
+
+
+@torch.inference_mode()
+def test_fp16_whose_gated_products_overflow_equals_fp32():
+    """T5-XXL's do; the norm in front makes their size the weights' own."""
+    model = randomise(T5Encoder(SMALL))
+    for name, parameter in model.named_parameters():
+        if "wi_" in name:
+            parameter *= 300
+        if "wo" in name:
+            parameter *= 1e-4
+    half = T5Encoder(SMALL).requires_grad_(False).half()
+    half.load_state_dict(model.state_dict())
+    low, exact = half(tokens(9)), model(tokens(9))
+    products = 300**2 * 4  # what a gate and a feature of two standard deviations make
+    assert products > torch.finfo(torch.float16).max
+    assert relative_error(low.float(), exact) < 0.02
 
 
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (32, 256), (16, 40), (8, 20), (64, 1000)])
