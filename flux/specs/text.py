@@ -18,6 +18,7 @@ class ClipTextSpec:
         bos: Token id before the text.
         eos: Token id after it; the pooled vector is read at its first place.
         pad: Token id that fills the rest.
+        tokens: Fewest that its own tokenizer has.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ClipTextSpec:
     heads: int
     mlp_width: int
     vocabulary: int
+    tokens: int
     positions: int
     bos: int
     eos: int
@@ -40,8 +42,10 @@ class T5Spec:
         width: Of the hidden states (d_model).
         head_width: Of one attention head (d_kv); heads times this need not be ``width``.
         mlp_width: Of the gated feed-forward layers (d_ff).
-        length: Tokens that a text is padded to; also where FLUX.1 cuts it, end token included.
-        longest: Most tokens that are let through when the caller asks for more than ``length``.
+        length: Tokens, end token included, that a text is padded to.
+        longest: Most tokens, end token included, that a text may have; what is beyond is cut. A model that was trained
+            on fewer (schnell on 256) takes them too, as in other engines.
+        tokens: Fewest that its own tokenizer has: T5's without the extra ones, which some files leave out.
     """
 
     name: str
@@ -53,12 +57,14 @@ class T5Spec:
     vocabulary: int
     length: int
     longest: int
+    tokens: int
     eos: int = 1
     pad: int = 0
     buckets: int = 32
     max_distance: int = 128
 
 
+MINI_TOKENS = 195  # of the one tokenizer that both small encoders read
 CLIP_L = ClipTextSpec(
     name="clip-l",
     width=768,
@@ -66,6 +72,7 @@ CLIP_L = ClipTextSpec(
     heads=12,
     mlp_width=3072,
     vocabulary=49408,
+    tokens=49408,
     positions=77,
     bos=49406,
     eos=49407,
@@ -78,6 +85,7 @@ CLIP_MINI = ClipTextSpec(
     heads=2,
     mlp_width=512,
     vocabulary=256,
+    tokens=MINI_TOKENS,
     positions=40,
     bos=254,
     eos=255,
@@ -93,6 +101,7 @@ T5_XXL = T5Spec(
     vocabulary=32128,
     length=512,
     longest=512,
+    tokens=32000,
 )
 T5_MINI = T5Spec(
     name="t5-mini",
@@ -104,6 +113,7 @@ T5_MINI = T5Spec(
     vocabulary=256,
     length=32,
     longest=64,
+    tokens=MINI_TOKENS,
 )
 CLIP_TEXT: dict[str, ClipTextSpec] = {spec.name: spec for spec in (CLIP_L, CLIP_MINI)}
 T5_ENCODERS: dict[str, T5Spec] = {spec.name: spec for spec in (T5_XXL, T5_MINI)}

@@ -126,9 +126,9 @@ def read_clip_tokenizer(path: Path, spec: ClipTextSpec) -> ClipTokenizer:
 
 
 def _fitting(tokenizer: Tokenizer, spec: ClipTextSpec | T5Spec, path: Path) -> Tokenizer:
-    """The tokenizer, unless it has ids that the encoder has no embedding for."""
+    """The tokenizer, unless it has ids that the encoder has no embedding for, or not all that it should have."""
     size = tokenizer.get_vocab_size()
-    if size > spec.vocabulary:
+    if not spec.tokens <= size <= spec.vocabulary:
         raise MismatchError(
             f"{path} is another model's tokenizer: it has {size} tokens, {spec.name} knows {spec.vocabulary}; choose "
             "the one that belongs to it"

@@ -15,8 +15,12 @@ from transformers import CLIPTokenizer as TheirClipTokenizer
 from transformers import T5Tokenizer as TheirT5Tokenizer
 
 from flux.errors import FileError, MismatchError, MissingFileError
-from flux.specs.text import CLIP_L, T5_XXL
+from flux.specs.text import CLIP_L, CLIP_MINI, T5_MINI, T5_XXL
 from flux.weights.readers.tokenizer import read_clip_tokenizer, read_t5_tokenizer
+from tests.tiny import TOKENIZER as MINI_TOKENIZER
+
+# The real rows, for tokenizers of a few dozen tokens.
+SHORT_T5, SHORT_CLIP = replace(T5_XXL, tokens=1), replace(CLIP_L, tokens=1)
 
 TEXTS = [
     "",
@@ -80,7 +84,7 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(clip_folder):
     size = len(json.loads((clip_folder / "vocab.json").read_text(encoding="utf-8")))
-    spec = replace(CLIP_L, vocabulary=size, bos=size - 2, eos=size - 1, pad=size - 1)
+    spec = replace(CLIP_L, vocabulary=size, tokens=size, bos=size - 2, eos=size - 1, pad=size - 1)
     return read_clip_tokenizer(clip_folder, spec)
 
 
@@ -170,7 +174,7 @@ def test_clip_frame_has_start_end_and_padding(clip):
 
 def test_clip_pads_with_the_specs_token(clip_folder):
     """SDXL's second tower pads with 0, the first with the end token."""
-    framed = read_clip_tokenizer(clip_folder, replace(CLIP_L, pad=0)).frame([5])
+    framed = read_clip_tokenizer(clip_folder, replace(SHORT_CLIP, pad=0)).frame([5])
     assert framed.ids == (CLIP_L.bos, 5, CLIP_L.eos, *[0] * 74)
 
 
@@ -213,19 +217,19 @@ def test_t5_ids_equal_those_of_transformers(text, t5_file):
     theirs = TheirT5Tokenizer(vocab=VOCABULARY, extra_ids=0)
     theirs.backend_tokenizer.normalizer = normalizers.NFKC()
     expected = theirs(text, padding="max_length", truncation=True, max_length=512)["input_ids"]
-    framed = read_t5_tokenizer(t5_file, T5_XXL)(text)
+    framed = read_t5_tokenizer(t5_file, SHORT_T5)(text)
     assert list(framed.ids) == expected
     assert framed.used == len(expected) - expected.count(0)
 
 
 def test_t5_ignores_the_limits_that_the_file_sets(t5_file):
     """tokenizer.json may come with truncation and padding; the frame is the spec's alone."""
-    framed = read_t5_tokenizer(t5_file, T5_XXL)("a " * 100)
+    framed = read_t5_tokenizer(t5_file, SHORT_T5)("a " * 100)
     assert (framed.used, framed.cut, len(framed.ids)) == (101, 0, 512)
 
 
 def test_t5_frame_has_end_and_padding(t5_file):
-    tokenizer = read_t5_tokenizer(t5_file, replace(T5_XXL, length=8, longest=8))
+    tokenizer = read_t5_tokenizer(t5_file, replace(SHORT_T5, length=8, longest=8))
     assert tokenizer.frame([5, 6]).ids == (5, 6, 1, 0, 0, 0, 0, 0)
     assert (tokenizer.frame([5, 6]).used, tokenizer.frame([5, 6]).cut) == (3, 0)
     assert tokenizer.frame([5] * 7).ids == (*[5] * 7, 1)
@@ -234,7 +238,7 @@ def test_t5_frame_has_end_and_padding(t5_file):
 
 
 def test_t5_lets_longer_texts_through_up_to_the_longest(t5_file):
-    tokenizer = read_t5_tokenizer(t5_file, replace(T5_XXL, length=4, longest=8))
+    tokenizer = read_t5_tokenizer(t5_file, replace(SHORT_T5, length=4, longest=8))
     assert tokenizer.frame([5] * 6).ids == (*[5] * 6, 1)
     assert tokenizer.frame([5] * 9).ids == (*[5] * 7, 1)
     assert tokenizer.frame([5] * 9).cut == 2
@@ -243,20 +247,20 @@ def test_t5_lets_longer_texts_through_up_to_the_longest(t5_file):
 
 
 def test_t5_tells_pieces_and_where_they_stand(t5_file):
-    tokenizer = read_t5_tokenizer(t5_file, T5_XXL)
+    tokenizer = read_t5_tokenizer(t5_file, SHORT_T5)
     text = "a red star"
     assert [tokenizer.token(i) for i in tokenizer.pieces(text)] == ["▁a", "▁red", "▁star"]
     assert [text[start:end].strip() for start, end in tokenizer.offsets(text)] == ["a", "red", "star"]
 
 
 def test_a_folder_stands_for_the_file_in_it(t5_file):
-    by_file, by_folder = read_t5_tokenizer(t5_file, T5_XXL), read_t5_tokenizer(t5_file.parent, T5_XXL)
+    by_file, by_folder = read_t5_tokenizer(t5_file, SHORT_T5), read_t5_tokenizer(t5_file.parent, SHORT_T5)
     assert by_file("a red cat") == by_folder("a red cat")
 
 
 @pytest.mark.parametrize("given", ["file", "folder"])
 def test_clip_is_read_from_a_tokenizer_json_too(given, t5_file):
-    spec = replace(CLIP_L, positions=6, bos=100, eos=101, pad=102)
+    spec = replace(SHORT_CLIP, positions=6, bos=100, eos=101, pad=102)
     tokenizer = read_clip_tokenizer(t5_file if given == "file" else t5_file.parent, spec)
     assert tokenizer("a red cat").ids == (100, 4, 5, 6, 101, 102)
 
@@ -264,7 +268,7 @@ def test_clip_is_read_from_a_tokenizer_json_too(given, t5_file):
 def test_clips_own_files_come_before_a_tokenizer_json(clip_folder, t5_file, tmp_path):
     for source in (*clip_folder.iterdir(), t5_file):
         (tmp_path / source.name).write_bytes(source.read_bytes())
-    both, own = read_clip_tokenizer(tmp_path, CLIP_L), read_clip_tokenizer(clip_folder, CLIP_L)
+    both, own = read_clip_tokenizer(tmp_path, SHORT_CLIP), read_clip_tokenizer(clip_folder, SHORT_CLIP)
     assert both("a red cat") == own("a red cat")
 
 
@@ -299,11 +303,23 @@ def test_a_missing_clip_path_is_named(tmp_path):
 
 def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(clip_folder, t5_file):
     with pytest.raises(MismatchError, match=f"it has {len(PIECES)} tokens, t5xxl knows 9;") as caught:
-        read_t5_tokenizer(t5_file, replace(T5_XXL, vocabulary=9))
+        read_t5_tokenizer(t5_file, replace(SHORT_T5, vocabulary=9))
     assert str(t5_file) in str(caught.value)
     with pytest.raises(MismatchError, match="clip-l knows 9;") as caught:
-        read_clip_tokenizer(clip_folder, replace(CLIP_L, vocabulary=9))
+        read_clip_tokenizer(clip_folder, replace(SHORT_CLIP, vocabulary=9))
     assert str(clip_folder) in str(caught.value)
+
+
+def test_a_tokenizer_that_is_too_small_for_the_encoder_is_refused(clip_folder, t5_file):
+    """As the embedded model's is for T5-XXL: its ids would all be words of another language."""
+    with pytest.raises(MismatchError, match="t5xxl knows 32128;"):
+        read_t5_tokenizer(t5_file, T5_XXL)
+    with pytest.raises(MismatchError, match="clip-l knows 49408;"):
+        read_clip_tokenizer(clip_folder, CLIP_L)
+    with pytest.raises(MismatchError, match="it has 195 tokens, t5xxl knows 32128;"):
+        read_t5_tokenizer(MINI_TOKENIZER, T5_XXL)
+    read_t5_tokenizer(MINI_TOKENIZER, T5_MINI)
+    read_clip_tokenizer(MINI_TOKENIZER, CLIP_MINI)
 
 
 def test_a_damaged_tokenizer_json_is_named(tmp_path):
