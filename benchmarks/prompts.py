@@ -53,15 +53,15 @@ class Report:
 
 
 def requests_for_measuring(count: int, seed: int = SEED, sign_share: float = 0.35) -> list[tuple[Request, str]]:
-    """Held-out requests, each in one of its phrasings; none that training saw told the other way round."""
+    """Held-out requests, each in one of its phrasings; no prompt twice, none that training saw the other way round."""
     rng = random.Random(f"measure/{seed}")
-    chosen = []
-    for _ in range(count):
+    chosen: dict[str, Request] = {}
+    while len(chosen) < count:
         request = random_request(rng, sign_share=sign_share, held_out=True)
         while not is_held_out(mirrored(request)):  # another relation in its place, so that their share stays
             request = _held_out_relation(rng)
-        chosen.append((request, text_of(phrase(request, rng))))
-    return chosen
+        chosen.setdefault(text_of(phrase(request, rng)), request)
+    return [(request, text) for text, request in chosen.items()]
 
 
 def _held_out_relation(rng: random.Random) -> Request:
