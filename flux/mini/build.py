@@ -1,4 +1,4 @@
-"""The stages that make the embedded model, in order, each resumable or short, and the installing of what they made."""
+"""The stages that make the embedded model, each resuming from its checkpoint, and the installing of what they made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .language import random_request
 from .scenes import draw, lay_out
 from .tokenizer import build_tokenizer
 from .train_autoencoder import AutoencoderRecipe, pixels_from_bytes, psnr_on_fresh_scenes, train_autoencoder
-from .train_flow import FlowRecipe, TextEncoders, train_base, train_guided, train_schnell
+from .train_flow import FlowRecipe, FrozenEncoders, train_base, train_guided, train_schnell
 from .train_text import TextRecipe, train_text_encoders
 
 __all__ = ["STAGES", "Builder", "preview_factors"]
@@ -66,7 +66,15 @@ class Builder:
         self.folder, self.seed, self.device, self.compiled, self.report = folder, seed, device, compiled, report
 
     def run(self, stage: str) -> None:
-        """Run one stage, from its checkpoint if there is one."""
+        """Run one stage, from its checkpoint if there is one.
+
+        Args:
+            stage: One of ``STAGES``.
+
+        Raises:
+            FileNotFoundError: A stage before it was not run.
+            FloatingPointError: Its loss is not finite.
+        """
         getattr(self, f"_{stage}")()
 
     def install(self, target: Path = FOLDER) -> None:
@@ -99,7 +107,9 @@ class Builder:
     def _text(self) -> None:
         if self._path("t5").exists() and self._path("clip").exists():
             return
-        t5, clip = train_text_encoders(self._tokenizer_file(), TEXT, seed=self.seed, report=self.report)
+        t5, clip = train_text_encoders(
+            self._path("text"), self._tokenizer_file(), TEXT, seed=self.seed, report=self.report
+        )
         save_checkpoint(self._path("t5"), t5.state_dict())
         save_checkpoint(self._path("clip"), clip.state_dict())
 
@@ -141,13 +151,13 @@ class Builder:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         return model.eval()
 
-    def encoders(self) -> TextEncoders:
+    def encoders(self) -> FrozenEncoders:
         """The trained text encoders with the tokenizer."""
         t5, clip = T5Encoder(T5_MINI), ClipText(CLIP_MINI)
         t5.load_state_dict(self._plain("t5"))
         clip.load_state_dict(self._plain("clip"))
         tokenizer = self._tokenizer_file()
-        return TextEncoders(
+        return FrozenEncoders(
             t5.eval().to(self.device),
             clip.eval().to(self.device),
             read_t5_tokenizer(tokenizer, T5_MINI),

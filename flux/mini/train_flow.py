@@ -39,7 +39,7 @@ from .labels import IGNORED, QUESTIONS
 from .language import phrase, text_of
 from .train_autoencoder import SEED_STRIDE
 
-__all__ = ["FlowRecipe", "TextEncoders", "train_base", "train_guided", "train_schnell"]
+__all__ = ["FlowRecipe", "FrozenEncoders", "train_base", "train_guided", "train_schnell"]
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class FlowRecipe:
 
 
 @dataclass(frozen=True)
-class TextEncoders:
+class FrozenEncoders:
     """Frozen encoders with their tokenizers."""
 
     t5: T5Encoder
@@ -101,7 +101,7 @@ class TextEncoders:
 class Batches:
     """Endless training batches: latents, encoded prompts, and the encoding of the empty prompt."""
 
-    def __init__(self, data: LatentSet, encoders: TextEncoders, size: int, seed: str) -> None:
+    def __init__(self, data: LatentSet, encoders: FrozenEncoders, size: int, seed: str) -> None:
         self.data, self.encoders, self.size, self.seed = data, encoders, size, seed
         self.empty = encoders.encode([""])
         self.weights = {
@@ -133,7 +133,14 @@ class Batches:
 
 
 def train_base(
-    folder: Path, data: LatentSet, encoders: TextEncoders, recipe: FlowRecipe, *, seed: int, device: str, report: Report
+    folder: Path,
+    data: LatentSet,
+    encoders: FrozenEncoders,
+    recipe: FlowRecipe,
+    *,
+    seed: int,
+    device: str,
+    report: Report,
 ) -> Flux1:
     """Stage 1. Returns the model with averaged weights."""
     torch.manual_seed(seed)
@@ -166,7 +173,7 @@ def train_guided(
     folder: Path,
     base: Flux1,
     data: LatentSet,
-    encoders: TextEncoders,
+    encoders: FrozenEncoders,
     recipe: FlowRecipe,
     *,
     seed: int,
@@ -199,7 +206,7 @@ def train_schnell(
     folder: Path,
     guided: Flux1,
     data: LatentSet,
-    encoders: TextEncoders,
+    encoders: FrozenEncoders,
     recipe: FlowRecipe,
     *,
     seed: int,

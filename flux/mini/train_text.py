@@ -22,6 +22,7 @@ from ..models.text.clip import ClipText
 from ..models.text.t5 import SelfAttention, T5Encoder
 from ..ops.dtypes import fast_dtype
 from ..specs.text import CLIP_MINI, T5_MINI
+from ..training.checkpoints import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from ..training.muon import Muon, split_parameters
 from ..weights.readers.tokenizer import T5Tokenizer, read_clip_tokenizer, read_t5_tokenizer
 from .language import (
@@ -46,6 +47,9 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100  # cross entropy's mark for tokens without an answer
 SIGN_SHARE = 0.4
+WEIGHT_DECAY = 0.01
+GRADIENT_NORM = 1.0
+KINDS_WEIGHT = 4  # of the one loss that is a mean over many answers
 
 # Questions asked at every T5 token, and the number of answers to each.
 TOKEN_QUESTIONS = {
@@ -75,58 +79,95 @@ KINDS = len(COLOURS) * len(SHAPES)
 
 @dataclass(frozen=True, kw_only=True)
 class TextRecipe:
-    """Numbers of the run: steps of ``batch`` prompts each, the peak learning rate."""
+    """Numbers of the run: steps of ``batch`` prompts each, the peak learning rate, steps between checkpoints."""
 
     steps: int = 1500
     batch: int = 64
     learning_rate: float = 2e-3
+    save_every: int = 100
 
 
 def train_text_encoders(
-    tokenizer_path: Path, recipe: TextRecipe, *, seed: int = 0, report: Callable[[str], None] = log.info
+    checkpoint: Path,
+    tokenizer_path: Path,
+    recipe: TextRecipe,
+    *,
+    seed: int = 0,
+    report: Callable[[str], None] = log.info,
 ) -> tuple[T5Encoder, ClipText]:
-    """Train both encoders from scratch."""
+    """Train both encoders to the recipe's end, from ``checkpoint`` if it exists.
+
+    Raises:
+        FloatingPointError: The loss is not finite.
+    """
     torch.manual_seed(seed)
-    rng = random.Random(f"text/{seed}")
-    t5_tokenizer = read_t5_tokenizer(tokenizer_path, T5_MINI)
-    clip_tokenizer = read_clip_tokenizer(tokenizer_path, CLIP_MINI)
-    t5, clip = T5Encoder(T5_MINI), ClipText(CLIP_MINI)
-    initialise(t5, T5_MINI.width)
-    initialise(clip, CLIP_MINI.width)
-    token_heads = nn.ModuleDict({q: nn.Linear(T5_MINI.width, n) for q, n in TOKEN_QUESTIONS.items()})
-    pooled_heads = nn.ModuleDict({q: nn.Linear(CLIP_MINI.width, n) for q, n in POOLED_QUESTIONS.items()})
-    kinds_head = nn.Linear(CLIP_MINI.width, KINDS)
-    modules = nn.ModuleList((t5, clip, token_heads, pooled_heads, kinds_head))
-    optimizer = Muon(split_parameters(modules, _is_matrix), recipe.learning_rate, weight_decay=0.01)
-    compute = fast_dtype("cpu")
-    for step in range(recipe.steps):
+    learner = _Learner(tokenizer_path)
+    optimizer = Muon(split_parameters(learner, _is_matrix), recipe.learning_rate, weight_decay=WEIGHT_DECAY)
+    start = 0
+    if checkpoint.exists():
+        tensors, meta = load_checkpoint(checkpoint)
+        start = int(meta["step"])
+        learner.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        unpack_optimizer(optimizer, tensors, "optimizer.")
+        report(f"text: resumed at step {start}")
+    for step in range(start, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step / recipe.steps)
-        prompts = [prompt_with_answers(rng) for _ in range(recipe.batch)]
-        ids, answers = token_batch(prompts, t5_tokenizer)
-        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
-            hidden = t5(ids).float()
-            pooled = clip(torch.tensor([clip_tokenizer(text_of(spans)).ids for _, spans in prompts]))[1].float()
-        losses = {
-            q: F.cross_entropy(token_heads[q](hidden).flatten(0, 1), answers[q].flatten(), ignore_index=IGNORED)
-            for q in TOKEN_QUESTIONS
-        }
-        pooled_answers, kinds = pooled_batch([request for request, _ in prompts])
-        for q in POOLED_QUESTIONS:
-            losses[f"pooled {q}"] = F.cross_entropy(pooled_heads[q](pooled), pooled_answers[q])
-        losses["pooled kinds"] = 4 * F.binary_cross_entropy_with_logits(kinds_head(pooled), kinds)
+        # A stream of its own for each step: a resumed run draws what an unbroken one would have.
+        rng = random.Random(f"text/{seed}/{step}")
+        losses = learner.losses([prompt_with_answers(rng) for _ in range(recipe.batch)])
         loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), GRADIENT_NORM)
         optimizer.step()
-        if (step + 1) % 50 == 0:
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"text: the loss is {loss.item()} at step {step}; lower the learning rate")
+        done = step + 1
+        if done % 50 == 0:
             worst = sorted(losses, key=lambda q: -losses[q].item())[:4]
-            report(
-                f"text {step + 1}/{recipe.steps}: loss {loss.item():.4f}; hardest: "
-                + ", ".join(f"{q} {losses[q].item():.4f}" for q in worst)
-            )
-    return t5.eval(), clip.eval()
+            hardest = ", ".join(f"{q} {losses[q].item():.4f}" for q in worst)
+            report(f"text {done}/{recipe.steps}: loss {loss.item():.4f}; hardest: {hardest}")
+        if done % recipe.save_every == 0 or done == recipe.steps:
+            state = {f"model.{k}": v for k, v in learner.state_dict().items()}
+            save_checkpoint(checkpoint, state | pack_optimizer(optimizer, "optimizer."), {"step": done})
+    return learner.t5.eval(), learner.clip.eval()
+
+
+class _Learner(nn.Module):
+    """Both encoders with the heads that read their answers out.
+
+    Args:
+        tokenizer_path: The tokenizer of both.
+    """
+
+    def __init__(self, tokenizer_path: Path) -> None:
+        super().__init__()
+        self.t5_tokenizer = read_t5_tokenizer(tokenizer_path, T5_MINI)
+        self.clip_tokenizer = read_clip_tokenizer(tokenizer_path, CLIP_MINI)
+        self.t5, self.clip = T5Encoder(T5_MINI), ClipText(CLIP_MINI)
+        initialise(self.t5, T5_MINI.width)
+        initialise(self.clip, CLIP_MINI.width)
+        self.token_heads = nn.ModuleDict({q: nn.Linear(T5_MINI.width, n) for q, n in TOKEN_QUESTIONS.items()})
+        self.pooled_heads = nn.ModuleDict({q: nn.Linear(CLIP_MINI.width, n) for q, n in POOLED_QUESTIONS.items()})
+        self.kinds_head = nn.Linear(CLIP_MINI.width, KINDS)
+
+    def losses(self, prompts: list[tuple[Request, list[Span]]]) -> dict[str, Tensor]:
+        """How far off the answers to each question are, as a scalar each."""
+        ids, answers = token_batch(prompts, self.t5_tokenizer)
+        clip_ids = torch.tensor([self.clip_tokenizer(text_of(spans)).ids for _, spans in prompts])
+        compute = fast_dtype("cpu")
+        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+            hidden, pooled = self.t5(ids).float(), self.clip(clip_ids)[1].float()
+        losses = {
+            q: F.cross_entropy(head(hidden).flatten(0, 1), answers[q].flatten(), ignore_index=IGNORED)
+            for q, head in self.token_heads.items()
+        }
+        pooled_answers, kinds = pooled_batch([request for request, _ in prompts])
+        for q, head in self.pooled_heads.items():
+            losses[f"pooled {q}"] = F.cross_entropy(head(pooled), pooled_answers[q])
+        losses["pooled kinds"] = KINDS_WEIGHT * F.binary_cross_entropy_with_logits(self.kinds_head(pooled), kinds)
+        return losses
 
 
 def initialise(module: nn.Module, width: int) -> None:

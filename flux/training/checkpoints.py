@@ -35,7 +35,12 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``save_checkpoint`` wrote: the tensors, and the plain values."""
+    """Read what ``save_checkpoint`` wrote: the tensors, and the plain values.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        safetensors.SafetensorError: It is cut off, or something else.
+    """
     with safe_open(path, "pt") as file:
         meta = json.loads((file.metadata() or {}).get(META_KEY, "{}"))
         return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 import re
@@ -210,11 +211,21 @@ def test_preview_factors_are_the_linear_map_to_mean_colours(monkeypatch):
 # The text encoders
 
 
-def run_text(steps, seed=0, report=lambda line: None):
-    return train_text_encoders(TOKENIZER, TextRecipe(steps=steps, batch=8), seed=seed, report=report)
+@pytest.fixture
+def run_text(tmp_path):
+    """Trains from a checkpoint of the given name, or of a new one each time."""
+    names = itertools.count()
+
+    def run(steps, seed=0, report=lambda line: None, name=None, **recipe):
+        checkpoint = tmp_path / f"{name or next(names)}.safetensors"
+        return train_text_encoders(
+            checkpoint, TOKENIZER, TextRecipe(steps=steps, batch=8, **recipe), seed=seed, report=report
+        )
+
+    return run
 
 
-def test_text_encoders_learn():
+def test_text_encoders_learn(run_text):
     lines = []
     run_text(100, report=lines.append)
     losses = [float(re.search(r"loss ([\d.]+);", line)[1]) for line in lines]
@@ -223,7 +234,7 @@ def test_text_encoders_learn():
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_text_encoders_train_in_each_format_to_finite_fp32_weights(dtype, monkeypatch):
+def test_text_encoders_train_in_each_format_to_finite_fp32_weights(dtype, monkeypatch, run_text):
     set_format(monkeypatch, dtype)
     for model in run_text(2):
         assert not model.training
@@ -232,12 +243,25 @@ def test_text_encoders_train_in_each_format_to_finite_fp32_weights(dtype, monkey
             assert bool(parameter.isfinite().all())
 
 
-def test_text_encoders_repeat_themselves():
+def test_text_encoders_repeat_themselves(run_text):
     first = run_text(3)
     torch.rand(5)
     for one, same, other in zip(first, run_text(3), run_text(3, seed=1), strict=True):
         assert_equal_models(one, same)
         assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_text_encoders_that_were_interrupted_end_as_if_they_had_not_been(run_text, monkeypatch):
+    whole, told = run_text(6), []
+    original = train_text.pooled_batch
+    calls = itertools.count()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_text, "pooled_batch", lambda r: original(r) if next(calls) < 5 else 1 / 0)
+        run_text(6, name="broken", save_every=2)
+    resumed = run_text(6, name="broken", report=told.append)
+    assert told[0] == "text: resumed at step 4"
+    for one, other in zip(whole, resumed, strict=True):
+        assert_equal_models(one, other)
 
 
 def test_text_encoders_never_see_a_request_that_is_held_out():
@@ -683,9 +707,9 @@ def test_the_empty_prompt_is_repeated_for_a_batch():
     assert torch.equal(empty.pooled, alone.pooled.expand(3, -1))
 
 
-def test_encoders_give_each_prompt_its_tokens_and_its_vector():
+def test_encoders_give_each_prompt_its_tokens_and_its_vector(run_text):
     t5, clip = run_text(1)
-    encoders = train_flow.TextEncoders(
+    encoders = train_flow.FrozenEncoders(
         t5, clip, read_t5_tokenizer(TOKENIZER, T5_MINI), read_clip_tokenizer(TOKENIZER, CLIP_MINI)
     )
     prompts = ["a red circle", "", 'the word "OPEN" in red']
