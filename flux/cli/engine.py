@@ -38,7 +38,9 @@ def open_model(files: ModelFiles, device: str, dtype: str) -> FluxModel:
     place, chosen = resolve_device(device), DTYPES[dtype]
     transformer = open_transformer(files.transformer, place, chosen)
     autoencoder = open_autoencoder(files.autoencoder, place, chosen)
-    text = open_text_encoders(files.clip, files.t5, files.clip_tokenizer, files.t5_tokenizer, place, chosen)
+    text = open_text_encoders(
+        files.clip, files.t5, files.clip_tokenizer, files.t5_tokenizer, place, chosen, transformer.spec
+    )
     return FluxModel(transformer, text, autoencoder)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import FileError
 
-__all__ = ["Residency"]
+__all__ = ["Residency", "Watch"]
+
+Watch = Callable[[int, int], None]
 
 
 class Residency:
@@ -43,10 +45,27 @@ class Residency:
         self._names, self._read = dict(names), read
         module.requires_grad_(False)
 
-    def load(self, without: Iterable[str] = ()) -> int:
-        """Bring in every absent parameter except those below the prefixes ``without``; returns the bytes brought."""
+    def load(self, without: Iterable[str] = (), watch: Watch | None = None) -> int:
+        """Bring in every absent parameter except those below some prefixes.
+
+        Args:
+            without: The prefixes.
+            watch: Called before each parameter, and at the end, with how many are there and how many will be; may
+                raise to stop.
+
+        Returns:
+            The bytes brought.
+        """
         apart = tuple(f"{prefix}." for prefix in without)
-        return sum(self._bring(name) for name in self._names if not name.startswith(apart) and self._absent(name))
+        wanted = [name for name in self._names if not name.startswith(apart) and self._absent(name)]
+        brought = 0
+        for index, name in enumerate(wanted):
+            if watch is not None:
+                watch(index, len(wanted))
+            brought += self._bring(name)
+        if watch is not None and wanted:
+            watch(len(wanted), len(wanted))
+        return brought
 
     def release(self, prefixes: Iterable[str] | None = None) -> int:
         """Let go of the parameters below ``prefixes``, or of all; returns the bytes let go."""

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from ..errors import FileError
-from ..memory.residency import Residency
+from ..memory.residency import Residency, Watch
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
-from ..ops.dtypes import compute_dtype
+from ..ops.dtypes import compute_dtype, fast_dtype
 from ..ops.layers import on_meta
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
@@ -33,6 +33,10 @@ __all__ = [
 
 Spec = TypeVar("Spec")
 Module = TypeVar("Module", bound=nn.Module)
+
+ALIASES = ((".scale", ".weight"), ("shared.weight", "encoder.embed_tokens.weight"))  # ours, and another name for it
+IGNORED_ENDINGS = (".position_ids", "text_projection.weight", "encoder.embed_tokens.weight", "logit_scale")
+SHOWN = 3  # names that a message lists
 
 
 class Part(Generic[Spec, Module]):
@@ -50,10 +54,13 @@ class Part(Generic[Spec, Module]):
         return self.residency.dtype
 
     @contextmanager
-    def resident(self, without: tuple[str, ...] = ()) -> Iterator[Module]:
-        """Have the weights in memory inside the block, except those below the prefixes ``without``."""
+    def resident(self, without: tuple[str, ...] = (), watch: Watch | None = None) -> Iterator[Module]:
+        """Have the weights in memory inside the block, except those below the prefixes ``without``.
+
+        ``watch`` hears of each weight on its way in, and may raise to stop.
+        """
         try:
-            self.residency.load(without)
+            self.residency.load(without, watch)
             yield self.module
         finally:
             self.residency.release()
@@ -78,7 +85,9 @@ def open_transformer(path: Path, device: torch.device, dtype: torch.dtype | None
 def open_autoencoder(
     path: Path, device: torch.device, dtype: torch.dtype | None = None
 ) -> Part[AutoencoderSpec, Autoencoder]:
-    """Open a FLUX.1 autoencoder file; see ``open_transformer``."""
+    """Open a FLUX.1 autoencoder file; see ``open_transformer``. It runs in fp32 where others run in fp16."""
+    if dtype is None and fast_dtype(device) == torch.float16:
+        dtype = torch.float32  # FLUX.1's activations leave fp16's range
     file, found = _recognised(path, "autoencoder")
     assert isinstance(found.spec, AutoencoderSpec)
     return _bind(found.spec, Autoencoder, file, found, device, dtype)
@@ -120,10 +129,6 @@ def _bind(
     return Part(spec, module, residency, file.path, found.notes)
 
 
-ALIASES = ((".scale", ".weight"), ("shared.weight", "encoder.embed_tokens.weight"))  # ours, and another name for it
-IGNORED_ENDINGS = (".position_ids", "text_projection.weight", "encoder.embed_tokens.weight", "logit_scale")
-
-
 def match_names(module: nn.Module, file: Mapping[str, TensorEntry], prefix: str, label: str) -> dict[str, str]:
     """For each parameter of ``module`` the name of its tensor in ``file``.
 
@@ -158,6 +163,3 @@ def match_names(module: nn.Module, file: Mapping[str, TensorEntry], prefix: str,
             shown = ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
             raise FileError(f"{label} {fault}: {shown}; use a whole file of this model in its own layout")
     return names
-
-
-SHOWN = 3  # names that a message lists

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..errors import MismatchError
+from ..memory.residency import Watch
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
+from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..weights.readers.tokenizer import ClipTokenizer, T5Tokenizer, TokenIds, read_clip_tokenizer, read_t5_tokenizer
 from .parts import Part, open_clip, open_t5
 
-__all__ = ["EncodedPrompt", "TextEncoders", "open_text_encoders"]
+__all__ = ["EncodedPrompt", "TextEncoders", "check_encoders", "cut_sentences", "open_text_encoders"]
 
 Warn = Callable[[str], None]
+CLIP_MARKS, T5_MARKS = 2, 1  # tokens that frame a text: start and end, or the end alone
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,10 @@ class TextEncoders:
     clip_tokenizer: ClipTokenizer
     t5_tokenizer: T5Tokenizer
 
-    @torch.inference_mode()
     def encode(
         self, prompt: str, *, clip_prompt: str | None = None, length: int | None = None, warn: Warn | None = None
     ) -> EncodedPrompt:
-        """Encode one prompt; each encoder is in memory only while it runs.
+        """Encode one prompt; see ``encode_all``.
 
         Args:
             prompt: For T5, and for CLIP unless ``clip_prompt`` is given. May be empty.
@@ -49,24 +52,76 @@ class TextEncoders:
             length: T5 tokens to pad to; the spec's when None.
             warn: Told when a text is cut.
         """
-        clip_ids = self.clip_tokenizer(prompt if clip_prompt is None else clip_prompt)
-        t5_ids = self.t5_tokenizer(prompt, length)
+        return self.encode_all([(prompt, clip_prompt)], length=length, warn=warn)[0]
+
+    @torch.inference_mode()
+    def encode_all(
+        self,
+        prompts: Sequence[tuple[str, str | None]],
+        *,
+        length: int | None = None,
+        warn: Warn | None = None,
+        watch: Watch | None = None,
+    ) -> list[EncodedPrompt]:
+        """Encode several prompts one by one; each encoder is in memory once, and only while it runs.
+
+        Args:
+            prompts: Pairs of a prompt and, if CLIP is to read another, that one.
+            length: T5 tokens to pad to; the spec's when None.
+            warn: Told when a text is cut.
+            watch: Called before each weight on its way in; may raise to stop.
+        """
+        clip_ids = [self.clip_tokenizer(both if own is None else own) for both, own in prompts]
+        t5_ids = [self.t5_tokenizer(both, length) for both, _ in prompts]
         if warn is not None:
-            _warn_if_cut(warn, t5_ids, self.t5.spec.name, special=1)
-            if clip_prompt is not None:
-                _warn_if_cut(warn, clip_ids, self.clip.spec.name, special=2)
-        with self.clip.resident() as clip:
-            _, pooled = clip(torch.tensor([clip_ids.ids], device=self.clip.device))
-        with self.t5.resident() as t5:
-            tokens = t5(torch.tensor([t5_ids.ids], device=self.t5.device))
-        return EncodedPrompt(tokens.float().cpu(), pooled.float().cpu())
+            clip_name, t5_name = self.clip.spec.name, self.t5.spec.name
+            for (_, own), of_clip, of_t5 in zip(prompts, clip_ids, t5_ids, strict=True):
+                asked = [(of_clip, of_t5)] if own is None else [(of_clip, None), (None, of_t5)]
+                for read in asked:
+                    for sentence in cut_sentences(clip_name, read[0], t5_name, read[1]):
+                        warn(sentence)
+        with self.clip.resident(watch=watch) as clip:
+            pooled = [clip(torch.tensor([ids.ids], device=self.clip.device))[1].float().cpu() for ids in clip_ids]
+        with self.t5.resident(watch=watch) as t5:
+            tokens = [t5(torch.tensor([ids.ids], device=self.t5.device)).float().cpu() for ids in t5_ids]
+        return [EncodedPrompt(*both) for both in zip(tokens, pooled, strict=True)]
 
 
-def _warn_if_cut(warn: Warn, ids: TokenIds, encoder: str, special: int) -> None:
-    """Say what was left out; ``special`` counts the tokens that frame a text."""
-    if ids.cut:
-        room = ids.used - special
-        warn(f"the prompt has {room + ids.cut} tokens, {encoder} takes {room}: the last {ids.cut} were left out")
+def cut_sentences(clip: str, clip_ids: TokenIds | None, t5: str, t5_ids: TokenIds | None) -> list[str]:
+    """What each encoder left out of the text that it read, in sentences; none where nothing was.
+
+    Args:
+        clip: What CLIP is called.
+        clip_ids: What it reads; None where that is not asked.
+        t5: What T5 is called.
+        t5_ids: Likewise. Where both are given, both read one prompt.
+    """
+    told = []
+    if clip_ids is not None and clip_ids.cut:
+        reader = f"; {t5} reads all of it" if t5_ids is not None and not t5_ids.cut else ""
+        told.append(_cut_sentence(clip, clip_ids, CLIP_MARKS) + reader)
+    if t5_ids is not None and t5_ids.cut:
+        told.append(_cut_sentence(t5, t5_ids, T5_MARKS))
+    return told
+
+
+def _cut_sentence(encoder: str, ids: TokenIds, marks: int) -> str:
+    room = ids.used - marks
+    return f"the prompt has {room + ids.cut} tokens, {encoder} takes {room}: the last {ids.cut} were left out"
+
+
+def check_encoders(spec: Flux1Spec, clip: Part[ClipTextSpec, ClipText], t5: Part[T5Spec, T5Encoder]) -> None:
+    """Refuse encoders of another model's width.
+
+    Raises:
+        MismatchError: Their widths are not those that the transformer takes.
+    """
+    widths = (t5.spec.width, clip.spec.width)
+    if widths != (spec.context_width, spec.pooled_width):
+        raise MismatchError(
+            f"{spec.title} takes text of width {spec.context_width} and {spec.pooled_width}, but {t5.path.name} and "
+            f"{clip.path.name} give {widths[0]} and {widths[1]}; choose {' and '.join(spec.text_encoders)}"
+        )
 
 
 def open_text_encoders(
@@ -76,13 +131,16 @@ def open_text_encoders(
     t5_tokenizer: Path,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    transformer: Flux1Spec | None = None,
 ) -> TextEncoders:
-    """Open both encoders and read their tokenizers.
+    """Open both encoders and read their tokenizers; ``transformer`` is what they must fit, if that is known.
 
     Raises:
         UserError: A file is missing, damaged, or another encoder than it should be.
     """
     clip, t5 = open_clip(clip_path, device, dtype), open_t5(t5_path, device, dtype)
+    if transformer is not None:
+        check_encoders(transformer, clip, t5)
     return TextEncoders(
         clip, t5, read_clip_tokenizer(clip_tokenizer, clip.spec), read_t5_tokenizer(t5_tokenizer, t5.spec)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,15 +18,28 @@ from ..sampling.schedules import check_sigmas, flux1_mu, make_schedule, shorten
 from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
-from .denoising import Hooks, denoise
+from .denoising import Hooks, prepared, walk
 from .parts import Part
-from .prompts import EncodedPrompt, TextEncoders
+from .prompts import EncodedPrompt, TextEncoders, check_encoders
 
-__all__ = ["FluxModel", "Picture", "Request", "decode", "generate", "generate_each", "plan_sigmas", "round_size"]
+__all__ = [
+    "NOISES",
+    "FluxModel",
+    "Picture",
+    "Request",
+    "decode",
+    "generate",
+    "generate_each",
+    "plan_sigmas",
+    "round_size",
+]
 
 GRID = 16  # pixels that a token covers along each side
 MAX_SIDE = 8192
 MAX_COUNT = 10_000
+DEFAULT_CFG = 3.0  # beside a negative prompt
+SIGMA_DIGITS = 6  # of the sigmas in a picture's settings
+NOISES = tuple(style for style in NOISE_STYLES if style != "comfyui_batch")  # that is no noise of a seed by itself
 
 
 @dataclass(frozen=True)
@@ -44,13 +57,7 @@ class FluxModel:
                 f"{self.autoencoder.path.name} is the autoencoder {self.autoencoder.spec.name}, but {spec.title} works "
                 f"with {spec.autoencoder}; choose that one"
             )
-        widths = (self.text.t5.spec.width, self.text.clip.spec.width)
-        if widths != (spec.context_width, spec.pooled_width):
-            raise MismatchError(
-                f"{spec.title} takes text of width {spec.context_width} and {spec.pooled_width}, but "
-                f"{self.text.t5.path.name} and {self.text.clip.path.name} give {widths[0]} and {widths[1]}; "
-                f"choose {' and '.join(spec.text_encoders)}"
-            )
+        check_encoders(spec, self.text.clip, self.text.t5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ class Request:
         mu: Shift of the schedule; None derives it from the size, as the model was trained.
         sigmas: Explicit times in place of steps and schedule.
         solver: One of ``sampling.solvers.SOLVERS``.
-        noise: Whose noise to draw: one of ``sampling.noise.NOISE_STYLES``.
+        noise: Whose noise to draw: one of ``NOISES``.
         image: Picture (1 or B, 3, H, W) in 0..1 to start from.
         denoise: How much of it to change, 0..1; 1 starts from pure noise.
         mask: (1 or B, 1, H, W) in 0..1, 1 where the picture may change.
@@ -121,8 +128,8 @@ def generate(model: FluxModel, request: Request, hooks: Hooks | None = None) -> 
 def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None) -> Iterator[Picture]:
     """The pictures of ``generate``, each as soon as it is there.
 
-    ``hooks.progress`` hears of the stages "text", "encoding" (of a picture to start from), "sampling" and "decoding":
-    0 done when one begins, all when it is over.
+    ``hooks.progress`` hears of the stages "text", "encoding" (of a picture to start from), "loading" (of the
+    transformer's weights, once for all pictures), "sampling" and "decoding".
     """
     hooks = hooks or Hooks()
     spec = model.transformer.spec
@@ -138,21 +145,32 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
         with _stage(hooks, "encoding"):
             start = _encode_start(model, request.image, plan)
     mask = None if request.mask is None else _latent_mask(request.mask, cells)
-    # 4. Each picture: noise, steps, pixels.
-    for index, seed in enumerate(plan.seeds):
-        hooks.check()
-        noise = draw_noise((spec.latent_channels, *cells), [seed], request.noise)
-        latents = None if start is None else start[index % len(start)][None]
-        part_mask = None if mask is None else mask[index % len(mask)][None]
-        result = torch.zeros_like(noise) if latents is None else latents
+    with ExitStack() as held:
+        # 4. The transformer's weights and tables, for all pictures.
+        velocity = None
         if len(plan.sigmas) > 1:
-            result = denoise(
-                model.transformer, positive, noise, plan.sigmas, guidance=plan.guidance, negative=negative,
-                cfg=plan.cfg, solver_name=request.solver, latents=latents, mask=part_mask, hooks=hooks,
+            ready = prepared(
+                model.transformer, positive, plan.sigmas,
+                guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
             )  # fmt: skip
-        with _stage(hooks, "decoding"):
-            pixels = decode(model, result)[0]
-        yield Picture(pixels, seed, _settings(model, request, plan, seed))
+            velocity = held.enter_context(ready)
+        # 5. Each picture: noise, steps, pixels.
+        for index, seed in enumerate(plan.seeds):
+            hooks.check()
+            noise = draw_noise((spec.latent_channels, *cells), [seed], request.noise, dtype=model.text.t5.dtype)
+            latents = None if start is None else start[index % len(start)][None]
+            part_mask = None if mask is None else mask[index % len(mask)][None]
+            result = torch.zeros_like(noise) if latents is None else latents
+            if velocity is not None:
+                result = walk(
+                    velocity, noise, plan.sigmas, device=model.transformer.device,
+                    solver_name=request.solver, latents=latents, mask=part_mask, hooks=hooks,
+                )  # fmt: skip
+            if index == len(plan.seeds) - 1:
+                held.close()  # the last decoding has the memory for itself
+            with _stage(hooks, "decoding"):
+                pixels = decode(model, result)[0]
+            yield Picture(pixels, seed, _settings(model, request, plan, seed))
 
 
 @dataclass(frozen=True)
@@ -171,7 +189,7 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
     spec = model.transformer.spec
     warn = hooks.warn or (lambda _: None)
     _check(spec, request)
-    width, height = _size(request, model.autoencoder.spec, warn)
+    width, height = _size(request, spec, warn)
     guidance = request.guidance if request.guidance is not None else spec.guidance
     cfg = _cfg(request)
     if request.guidance is not None and not spec.guidance_embedding:
@@ -195,19 +213,19 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
 def _encode_prompts(
     model: FluxModel, request: Request, plan: _Plan, hooks: Hooks
 ) -> tuple[EncodedPrompt, EncodedPrompt | None]:
-    """The prompt, and the negative one where guidance will use it."""
+    """The prompt, and the negative one where guidance will use it; both in one stay of each encoder."""
     length = model.transformer.spec.t5_length
-    positive = model.text.encode(request.prompt, clip_prompt=request.clip_prompt, length=length, warn=hooks.warn)
-    negative = None
+    prompts: list[tuple[str, str | None]] = [(request.prompt, request.clip_prompt)]
     if plan.cfg != 1.0:
-        negative = model.text.encode(request.negative or "", length=length, warn=hooks.warn)
-    for prompt in (positive, negative):
-        if prompt is not None and not _finite(prompt.tokens, prompt.pooled):
+        prompts.append((request.negative or "", None))
+    encoded = model.text.encode_all(prompts, length=length, warn=hooks.warn, watch=lambda *_: hooks.check())
+    for prompt in encoded:
+        if not _finite(prompt.tokens, prompt.pooled):
             raise NumericError(
                 f"the text encoders gave numbers that are not finite; {model.text.t5.path.name} or "
                 f"{model.text.clip.path.name} is damaged, or the number format overflows: try bf16 or fp32"
             )
-    return positive, negative
+    return encoded[0], encoded[1] if len(encoded) > 1 else None
 
 
 @contextmanager
@@ -279,8 +297,13 @@ def _check(spec: Flux1Spec, request: Request) -> None:
             "edits or follows another picture and cannot draw from a prompt alone; choose a text-to-image model"
         )
     solver(request.solver)
-    if request.noise not in NOISE_STYLES:
-        raise UserError(f"there is no noise style {request.noise!r}; choose one of: {', '.join(NOISE_STYLES)}")
+    if request.noise not in NOISES:
+        raise UserError(f"there is no noise style {request.noise!r}; choose one of: {', '.join(NOISES)}")
+    _check_shapes(request)
+    for name in ("seed", "count", "steps", "width", "height"):
+        value = getattr(request, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UserError(f"{name} is {value!r}; give a whole number")
     if not 1 <= request.count <= MAX_COUNT:
         raise UserError(f"count is {request.count}; ask for 1 to {MAX_COUNT} pictures")
     for name in ("guidance", "cfg"):
@@ -293,10 +316,18 @@ def _check(spec: Flux1Spec, request: Request) -> None:
         raise UserError(f"denoise is {request.denoise:g} without a picture to start from; give one, or use denoise 1")
 
 
-def _size(request: Request, autoencoder: AutoencoderSpec, warn: Callable[[str], None]) -> tuple[int, int]:
+def _check_shapes(request: Request) -> None:
+    """Refuse a picture or a mask of another shape than ``Request`` says."""
+    for name, tensor, channels in (("image", request.image, 3), ("mask", request.mask, 1)):
+        if tensor is not None and (tensor.ndim != 4 or tensor.shape[1] != channels or 0 in tensor.shape):
+            raise UserError(
+                f"the {name} has shape {tuple(tensor.shape)}; give (B, {channels}, H, W) with values in 0..1"
+            )
+
+
+def _size(request: Request, spec: Flux1Spec, warn: Callable[[str], None]) -> tuple[int, int]:
     """Width and height: as asked for, else the start picture's, else what the model was trained on."""
-    native = NATIVE_SIDES.get(autoencoder.name, NATIVE_SIDE)
-    height, width = (native, native) if request.image is None else request.image.shape[-2:]
+    height, width = (spec.native_side, spec.native_side) if request.image is None else request.image.shape[-2:]
     asked = {
         "width": width if request.width is None else request.width,
         "height": height if request.height is None else request.height,
@@ -309,18 +340,11 @@ def _size(request: Request, autoencoder: AutoencoderSpec, warn: Callable[[str], 
     return round_size(asked["width"]), round_size(asked["height"])
 
 
-NATIVE_SIDES = {"flux1-mini-ae": 128}
-NATIVE_SIDE = 1024
-
-
 def _cfg(request: Request) -> float:
     """True guidance: as asked for, else on (at a usual strength) when there is a negative prompt."""
     if request.cfg is not None:
         return request.cfg
     return DEFAULT_CFG if request.negative else 1.0
-
-
-DEFAULT_CFG = 3.0
 
 
 @torch.inference_mode()
@@ -365,6 +389,3 @@ def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dic
         "denoise": request.denoise,
         "sigmas": [round(sigma, SIGMA_DIGITS) for sigma in plan.sigmas],
     }
-
-
-SIGMA_DIGITS = 6

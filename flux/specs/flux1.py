@@ -32,6 +32,7 @@ class Flux1Spec:
         steps: Default number of steps.
         guidance: Default guidance; None where it has no meaning.
         t5_length: Tokens that a prompt is padded to.
+        native_side: Pixels along each side of a picture by default, as it was trained.
         autoencoder: Name of the autoencoder it works with.
         text_encoders: Names of its CLIP and T5 encoders.
         licence: Of the weights.
@@ -56,6 +57,7 @@ class Flux1Spec:
     steps: int = 28
     guidance: float | None = 3.5
     t5_length: int = 512
+    native_side: int = 1024
     autoencoder: str = "flux1-ae"
     text_encoders: tuple[str, str] = ("clip-l", "t5xxl")
     licence: str = "FLUX.1 [dev] Non-Commercial License"
@@ -128,6 +130,7 @@ MINI = replace(
     steps=16,
     guidance=3.0,
     t5_length=32,
+    native_side=128,
     autoencoder="flux1-mini-ae",
     text_encoders=("clip-mini", "t5-mini"),
     licence="Apache-2.0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ...flux.mini.files import MINI as MINI_FILES
 from ...flux.models.text.clip import ClipText
 from ...flux.models.text.t5 import T5Encoder
+from ...flux.pipelines.prompts import cut_sentences
 from ...flux.specs.text import CLIP_MINI, T5_MINI, ClipTextSpec, T5Spec
 from ...flux.weights.readers.tokenizer import (
     ClipTokenizer,
@@ -51,29 +53,25 @@ class HostTokenizer:
         self.clip, self.t5, self.t5_length = clip, t5, t5_length
 
     def tokenize_with_weights(
-        self, text: str, return_word_ids: bool = False, cut_told_of: str = "t5xxl", **_: Any
+        self, text: str, return_word_ids: bool = False, cut_told_of: Sequence[str] = ("l", "t5xxl"), **_: Any
     ) -> dict[str, list[list[tuple[Any, ...]]]]:
         """Token ids with weights for each encoder; ``(a:1.2)`` sets the weight of a.
 
         Args:
             text: The prompt.
             return_word_ids: Whether each token carries a word number as well, as the host asks of its own.
-            cut_told_of: The encoder whose cut text the user is told of: T5 for a prompt of both, since the picture
-                follows it and CLIP's short limit is passed by many good prompts.
+            cut_told_of: The encoders whose cut text the user is told of.
         """
         frames = {
             "l": (self.clip, self.clip.frame, 1),
             "t5xxl": (self.t5, partial(self.t5.frame, length=self.t5_length), 0),
         }
-        tokens = {}
+        tokens, framed = {}, {}
         for name, (tokenizer, frame, before) in frames.items():
-            tokens[name], framed = self._weigh(text, tokenizer, frame, before, return_word_ids)
-            if framed.cut and name == cut_told_of:
-                room = framed.used - 1 - before
-                say(
-                    f"the prompt has {room + framed.cut} tokens, {TITLES[name]} takes {room}: the last {framed.cut} "
-                    "were left out"
-                )
+            tokens[name], framed[name] = self._weigh(text, tokenizer, frame, before, return_word_ids)
+        read = {name: ids if name in cut_told_of else None for name, ids in framed.items()}
+        if told := cut_sentences(TITLES["l"], read["l"], TITLES["t5xxl"], read["t5xxl"]):
+            say("; ".join(told))
         return {name: [pairs] for name, pairs in tokens.items()}
 
     def _weigh(

@@ -30,7 +30,7 @@ def encode(clip: Any, clip_prompt: str, t5_prompt: str, guidance: float) -> Cond
         MismatchError: The CLIP is another family's.
     """
     apart = t5_prompt != clip_prompt
-    tokens = clip.tokenize(clip_prompt, **({"cut_told_of": "l"} if apart else {}))
+    tokens = clip.tokenize(clip_prompt, **({"cut_told_of": ("l",)} if apart else {}))
     missing = [name for name in TOKENS if name not in tokens]
     if missing:
         raise MismatchError(
@@ -38,7 +38,7 @@ def encode(clip: Any, clip_prompt: str, t5_prompt: str, guidance: float) -> Cond
             "Load FLUX Text Encoders, or with DualCLIPLoader and type flux"
         )
     if apart:
-        tokens["t5xxl"] = clip.tokenize(t5_prompt)["t5xxl"]
+        tokens["t5xxl"] = clip.tokenize(t5_prompt, cut_told_of=("t5xxl",))["t5xxl"]
     return clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": guidance})
 
 

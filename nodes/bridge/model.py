@@ -17,7 +17,7 @@ import comfy.supported_models
 from ...flux.errors import FluxFoundryError
 from ...flux.mini.files import MINI as MINI_FILES
 from ...flux.models.flux1 import Flux1
-from ...flux.pipelines.text_to_image import GRID, NATIVE_SIDE, NATIVE_SIDES
+from ...flux.pipelines.text_to_image import GRID
 from ...flux.sampling.packing import PATCH
 from ...flux.sampling.schedules import flux1_mu
 from ...flux.specs.autoencoder import MINI as MINI_AUTOENCODER
@@ -122,8 +122,7 @@ def sampling_settings(spec: Flux1Spec) -> dict[str, float]:
     """What the core's schedulers read: mu at the model's native size, or no shift at all."""
     if not spec.shifted_schedule:
         return {"shift": 1.0, "multiplier": 1.0}
-    side = NATIVE_SIDES.get(spec.autoencoder, NATIVE_SIDE)
-    return {"shift": flux1_mu((side // GRID) ** 2)}
+    return {"shift": flux1_mu((spec.native_side // GRID) ** 2)}
 
 
 def latent_format(spec: Flux1Spec) -> Any:

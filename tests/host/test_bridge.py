@@ -199,6 +199,12 @@ def test_a_prompt_that_is_too_long_is_cut_and_said(host: Host) -> None:
     assert "T5 takes 63: the last" in (host.base / "log.txt").read_text()
 
 
+def test_a_prompt_that_only_clip_cuts_is_said_too(host: Host) -> None:
+    host.succeed({**start(text="red " * 50), "sample": our_sampler(steps=1), "out": same("sample")})
+    said = "CLIP-L takes 38: the last 12 were left out; T5 reads all of it"
+    assert said in (host.base / "log.txt").read_text()
+
+
 def test_a_prompt_of_its_own_for_clip_is_cut_by_clips_limit_and_said(host: Host) -> None:
     text = node("FluxFoundryTextEncode", clip=["load", 1], prompt="a red star", clip_prompt="red " * 80, guidance=3.0)
     log = host.base / "log.txt"

@@ -149,7 +149,7 @@ def test_the_record_says_what_made_the_pictures(draw, tiny, tmp_path):
     assert [(p["file"], p["seed"]) for p in record["pictures"]] == [("a-1.png", 5), ("a-2.png", 6)]
     assert record["pictures"][1]["sha256"] == hashlib.sha256((tmp_path / "a-2.png").read_bytes()).hexdigest()
     assert record["pictures"][0]["settings"]["prompt"] == "a red circle"
-    assert set(record["seconds"]) == {"opening", "text", "sampling", "decoding", "saving"}
+    assert set(record["seconds"]) == {"opening", "text", "loading", "sampling", "decoding", "saving"}
     assert any("width 30" in remark for remark in record["notes"])
 
 

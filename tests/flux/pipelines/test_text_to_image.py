@@ -11,7 +11,7 @@ from flux.errors import Cancelled, FileError, MismatchError, NumericError, UserE
 from flux.models.flux1 import Flux1
 from flux.pipelines.denoising import Hooks, denoise
 from flux.pipelines.parts import open_transformer
-from flux.pipelines.text_to_image import Request, generate, generate_each, plan_sigmas, round_size
+from flux.pipelines.text_to_image import NOISES, Request, decode, generate, generate_each, plan_sigmas, round_size
 from flux.sampling.noise import draw_noise
 from flux.sampling.schedules import flux_schedule
 from flux.sampling.solvers import SOLVERS
@@ -84,6 +84,40 @@ def test_picture_k_of_a_count_equals_a_run_of_its_own_with_its_seed(model):
         assert torch.equal(result.pixels, pixels(model, seed=result.seed))
 
 
+def test_weights_are_read_once_for_all_pictures_and_prompts(model, monkeypatch):
+    read = []
+    for part in (model.transformer, model.text.clip, model.text.t5):
+        original = part.residency._read
+        monkeypatch.setattr(part.residency, "_read", lambda name, own=original: (read.append(name), own(name))[1])
+    generate(model, asked(count=3, negative="blue"))
+    assert read
+    tabulated = set(modulation_names(model.transformer))  # once for the prompt, once for the negative one
+    assert {name: read.count(name) for name in read} == {name: 1 + (name in tabulated) for name in read}
+
+
+def test_a_run_that_is_left_half_way_lets_its_weights_go(model):
+    pictures = generate_each(model, asked(count=3))
+    next(pictures)
+    assert model.transformer.residency.resident_bytes > 0
+    pictures.close()
+    assert model.transformer.residency.resident_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("style", NOISES)
+def test_the_noise_is_drawn_in_the_style_that_was_asked_for(files, style, dtype):
+    """Two half-denoised runs to the same end: what differs between them is the noise alone."""
+    own = open_tiny(files, dtype)
+    drawn = generate(own, asked(noise=style))[0].pixels
+    spec = own.transformer.spec
+    as_told = {"comfyui": torch.float32, "bfl": torch.bfloat16, "diffusers": dtype}[style]
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(1, spec.latent_channels, CELLS, CELLS, generator=generator, dtype=as_told).float()
+    prompt = own.text.encode("a red circle", length=spec.t5_length)
+    sigmas = plan_sigmas(spec, asked(), (SIDE // 16) ** 2)
+    assert torch.equal(drawn, decode(own, denoise(own.transformer, prompt, start, sigmas, guidance=spec.guidance))[0])
+
+
 def test_pictures_come_one_by_one(model):
     steps = []
     pictures = generate_each(model, asked(count=2), Hooks(progress=lambda *event: steps.append(event)))
@@ -130,7 +164,8 @@ def test_halves_round_up_and_nothing_below_16(value, rounded):
 def test_a_prompt_too_long_is_cut_and_it_is_said(model):
     told = []
     generate(model, asked(prompt="red circle " * 100), Hooks(warn=told.append))
-    assert "t5-mini takes 63" in told[0]
+    assert ["clip-mini takes 38" in told[0], "t5-mini takes 63" in told[1]] == [True, True]
+    assert "reads all" not in "".join(told)
 
 
 def test_explicit_sigmas_are_used_as_they_are(model):
@@ -155,6 +190,9 @@ def test_a_prompt_for_clip_is_cut_by_clips_own_limit(model):
     told = []
     generate(model, asked(clip_prompt="red " * 80), Hooks(warn=told.append))
     assert told == ["the prompt has 80 tokens, clip-mini takes 38: the last 42 were left out"]
+    told.clear()
+    generate(model, asked(prompt="red " * 50), Hooks(warn=told.append))
+    assert told == ["the prompt has 50 tokens, clip-mini takes 38: the last 12 were left out; t5-mini reads all of it"]
 
 
 def test_weights_stored_as_whole_numbers_are_refused_by_name(tmp_path):
@@ -240,6 +278,13 @@ def modulation_names(part):
     return [f"{prefix}.{leaf}" for prefix in part.module.modulation_layers() for leaf in ("weight", "bias")]
 
 
+def when_sampling(model, look):
+    """Hooks that call ``look`` before every block, but not while weights come; and a handle that takes them off."""
+    began = []
+    handle = model.transformer.module.register_forward_pre_hook(lambda *_: began.append(None))
+    return handle, Hooks(cancelled=lambda: bool(began) and look())
+
+
 @pytest.mark.parametrize("tables", [True, False])
 def test_modulation_weights_are_resident_while_sampling_only_without_tables(model, tables):
     part, seen = model.transformer, []
@@ -251,7 +296,9 @@ def test_modulation_weights_are_resident_while_sampling_only_without_tables(mode
         return False
 
     prompt = model.text.encode("a red circle", length=TINY.t5_length)
-    denoise(part, prompt, noise(), flux_schedule(STEPS, 0.7), tables=tables, hooks=Hooks(cancelled=look))
+    handle, hooks = when_sampling(model, look)
+    with handle:
+        denoise(part, prompt, noise(), flux_schedule(STEPS, 0.7), tables=tables, hooks=hooks)
     assert set(seen) == {every - modulation if tables else every}
     assert len(seen) == STEPS * (BLOCKS + 1)
     assert part.residency.resident_bytes == 0
@@ -269,7 +316,12 @@ def test_every_part_is_let_go_after_its_stage(model):
 def test_progress_tells_every_stage_and_step_in_order(model):
     told = []
     generate(model, asked(image=picture(), denoise=1.0), Hooks(progress=lambda *event: told.append(event)))
-    assert told == [
+    loading = [event for event in told if event[0] == "loading"]
+    count = loading[0][2]
+    assert loading == [("loading", done, count) for done in range(count + 1)]
+    first = told.index(loading[0])
+    assert told[first : first + len(loading)] == loading
+    assert [*told[:first], *told[first + len(loading) :]] == [
         ("text", 0, 1), ("text", 1, 1), ("encoding", 0, 1), ("encoding", 1, 1),
         *(("sampling", step, STEPS) for step in range(1, STEPS + 1)),
         ("decoding", 0, 1), ("decoding", 1, 1),
@@ -294,12 +346,31 @@ def test_cancelling_stops_before_the_next_block_and_lets_the_weights_go(model, b
         asked_times.append(None)
         return len(asked_times) > blocks
 
-    hooks = Hooks(cancelled=cancelled, progress=lambda *event: ran.append(event))
-    with pytest.raises(Cancelled):
+    handle, hooks = when_sampling(model, cancelled)
+    hooks = replace(hooks, progress=lambda *event: ran.append(event))
+    with handle, pytest.raises(Cancelled):
         denoise(model.transformer, prompt, noise(), flux_schedule(STEPS, 0.7), hooks=hooks)
     assert len(asked_times) == blocks + 1
-    assert len(ran) == blocks // BLOCKS
+    assert sum(stage == "sampling" for stage, _, _ in ran) == blocks // BLOCKS
     assert model.transformer.residency.resident_bytes == 0
+
+
+@pytest.mark.parametrize("moment", ["text", "loading", "tables"])
+def test_cancelling_is_heard_while_weights_come(model, moment):
+    """A released file of 24 GB takes long to read."""
+    parts = (model.text.clip, model.text.t5, model.transformer)
+    apart = sum(model.transformer.module.get_parameter(n).numel() * 4 for n in modulation_names(model.transformer))
+    every = sum(parameter.numel() * 4 for parameter in model.transformer.module.parameters()) - apart
+
+    def cancelled():
+        text, blocks = (parts[0].residency.resident_bytes, parts[2].residency.resident_bytes)
+        return {"text": text > 0, "loading": 0 < blocks < every, "tables": blocks == every}[moment]
+
+    told = []
+    with pytest.raises(Cancelled):
+        generate(model, asked(), Hooks(progress=lambda *event: told.append(event), cancelled=cancelled))
+    assert not any(stage == "sampling" for stage, _, _ in told)
+    assert [part.residency.resident_bytes for part in parts] == [0, 0, 0]
 
 
 def test_a_run_that_is_cancelled_at_once_does_nothing(model):
@@ -329,6 +400,12 @@ def test_a_run_that_is_cancelled_at_once_does_nothing(model):
         ({"solver": "leapfrog"}, "leapfrog"),
         ({"schedule": "karras"}, "karras"),
         ({"noise": "pink"}, "pink"),
+        ({"noise": "comfyui_batch"}, "comfyui_batch"),
+        ({"seed": 1.5}, "seed is 1.5; give a whole number"),
+        ({"steps": 4.0}, "steps is 4.0; give a whole number"),
+        ({"image": torch.rand(3, SIDE, SIDE)}, f"the image has shape (3, {SIDE}, {SIDE}); give (B, 3, H, W)"),
+        ({"image": torch.rand(1, SIDE, SIDE, 3)}, "give (B, 3, H, W)"),
+        ({"image": picture(), "mask": torch.ones(SIDE, SIDE)}, "give (B, 1, H, W)"),
         ({"sigmas": [0.1, 0.9]}, "0.9"),
     ],
 )
