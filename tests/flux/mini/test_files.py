@@ -7,9 +7,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from benchmarks.prompts import measure
 from flux.mini.files import FOLDER, MINI, MINI_SCHNELL, open_mini
+from flux.models.autoencoder import Autoencoder
+from flux.models.flux1 import Flux1
+from flux.models.text.clip import ClipText
+from flux.models.text.t5 import T5Encoder
 from flux.pipelines.text_to_image import Request, generate
 from tests.oracles import autoencoder_oracle, clip_oracle, flux1_oracle, t5_oracle
 
@@ -25,15 +30,21 @@ WITH_SHIFT = {
 }  # fmt: skip
 
 
+def as_stored(module, path):
+    """The file's numbers by safetensors' own reader, under the file's own names; none of the engine's loading."""
+    module.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return module.eval().requires_grad_(False)
+
+
 @pytest.mark.parametrize("files", [MINI, MINI_SCHNELL], ids=["mini", "mini-schnell"])
 def test_the_same_seed_gives_the_same_picture_in_diffusers(files):
     model = open_mini(files)
     spec = model.transformer.spec
-    with model.text.t5.resident() as t5, model.text.clip.resident() as clip:
-        theirs_t5, theirs_clip = t5_oracle(t5), clip_oracle(clip)
-    with model.transformer.resident() as ours, model.autoencoder.resident() as autoencoder:
-        # diffusers' own single-file loader takes every FLUX for 3072 wide, so the file's names are mapped here.
-        transformer, vae = flux1_oracle(ours), autoencoder_oracle(autoencoder)
+    theirs_t5 = t5_oracle(as_stored(T5Encoder(model.text.t5.spec), model.text.t5.path))
+    theirs_clip = clip_oracle(as_stored(ClipText(model.text.clip.spec), model.text.clip.path))
+    # diffusers' own single-file loader takes every FLUX for 3072 wide, so the file's names are mapped here.
+    transformer = flux1_oracle(as_stored(Flux1(spec), model.transformer.path))
+    vae = autoencoder_oracle(as_stored(Autoencoder(model.autoencoder.spec), model.autoencoder.path))
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**(WITH_SHIFT if spec.shifted_schedule else {})),
         vae=vae, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
