@@ -1,0 +1,116 @@
+"""All stages of the embedded model, and the installing of what they made."""
+
+from __future__ import annotations
+
+import functools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from flux.mini import __main__ as command
+from flux.mini import build, train_autoencoder, train_flow, train_text
+from flux.mini.build import STAGES, preview_factors
+from flux.mini.files import MiniFiles, open_mini
+from flux.mini.train_autoencoder import AutoencoderRecipe, psnr_on_fresh_scenes
+from flux.mini.train_text import TextRecipe
+from flux.specs.autoencoder import MINI as MINI_AUTOENCODER
+from flux.specs.flux1 import MINI, MINI_SCHNELL
+from flux.specs.text import CLIP_MINI, T5_MINI
+from flux.training.checkpoints import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+def test_preview_factors_are_the_linear_map_to_mean_colours(monkeypatch):
+    monkeypatch.setattr(build, "PREVIEW_SCENES", 4)
+    to_latent = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+
+    def encode(pixels):
+        return torch.einsum("bchw,cd->bdhw", F.avg_pool2d(pixels, 8), to_latent) + 0.5
+
+    found = preview_factors(SimpleNamespace(encode=encode, spec=SimpleNamespace(downscale=8)))
+    factors, bias = torch.tensor(found["factors"]), torch.tensor(found["bias"])
+    assert factors.shape == (16, 3)
+    colours = torch.rand(10, 3) * 2 - 1
+    torch.testing.assert_close((colours @ to_latent + 0.5) @ factors + bias, colours, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def short_build(tmp_path, monkeypatch):
+    """The shipped model's own sizes, a step for each stage, and a folder in place of the pack's weights."""
+    monkeypatch.setattr(train_autoencoder, "MINI", MINI_AUTOENCODER)
+    monkeypatch.setattr(train_text, "T5_MINI", T5_MINI)
+    monkeypatch.setattr(train_text, "CLIP_MINI", CLIP_MINI)
+    monkeypatch.setattr(train_flow, "MINI", MINI)
+    monkeypatch.setattr(train_flow, "MINI_SCHNELL", MINI_SCHNELL)
+    stage = {"steps": 1, "decay": 1, "batch": 2, "learning_rate": 1e-3}
+    short = {
+        "FOLDER": tmp_path / "weights",
+        "AUTOENCODER": AutoencoderRecipe(joint_steps=1, decoder_steps=1, batch=2, crop=32),
+        "TEXT": TextRecipe(steps=1, batch=2),
+        "NATIVE_SCENES": 2,
+        "OTHER_SCENES": 1,
+        "BASE": stage,
+        "GUIDED": stage,
+        "SCHNELL": stage,
+        "PREVIEW_SCENES": 2,
+        "psnr_on_fresh_scenes": functools.partial(psnr_on_fresh_scenes, count=1),
+    }
+    for name, value in short.items():
+        monkeypatch.setattr(build, name, value)
+    return tmp_path
+
+
+def test_a_whole_build_installs_files_that_open(short_build, capsys):
+    folder, target = short_build / "checkpoints", short_build / "weights"
+    assert command.main(["--folder", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert [stage for stage in STAGES if f"{stage}: done in" in said] == list(STAGES)
+    # Each stage is taken from its checkpoint when it is run again.
+    assert command.main(["--folder", str(folder), "--stage", "guided", "--stage", "text"]) == 0
+    assert "guided: resumed at step 1" in capsys.readouterr().out
+
+    lines = []
+    build.Builder(folder, 0, "cpu", compiled=False, report=lines.append).install(target)
+    expected = {
+        "ae": torch.float16,
+        "clip": torch.bfloat16,
+        "t5": torch.bfloat16,
+        "flux1-mini": torch.bfloat16,
+        "flux1-mini-schnell": torch.bfloat16,
+    }
+    files = {name: target / f"{name}.safetensors" for name in expected}
+    assert {path.name for path in target.iterdir()} == {*(path.name for path in files.values()), "tokenizer.json"}
+    assert len(lines) == len(expected)
+    for name, dtype in expected.items():
+        assert {tensor.dtype for tensor in load_file(files[name]).values()} == {dtype}
+        assert files[name].stat().st_mode & 0o777 == 0o644
+        with safe_open(files[name], "pt") as file:
+            assert file.metadata()["license"] == "Apache-2.0"
+    with safe_open(files["ae"], "pt") as file:
+        preview = json.loads(file.metadata()["preview"])
+    assert (len(preview["factors"]), len(preview["bias"])) == (16, 3)
+    averaged, _ = load_checkpoint(folder / "guided.safetensors")
+    shipped = load_file(files["flux1-mini"])
+    assert all(torch.equal(shipped[k], averaged[f"average.{k}"].bfloat16()) for k in shipped)
+
+    for name, spec in (("flux1-mini", MINI), ("flux1-mini-schnell", MINI_SCHNELL)):
+        shared = {kind: files[kind] for kind in ("clip", "t5")}
+        opened = open_mini(
+            MiniFiles(files[name], autoencoder=files["ae"], tokenizer=target / "tokenizer.json", **shared)
+        )
+        assert opened.transformer.spec == spec
+        assert opened.autoencoder.spec == MINI_AUTOENCODER
+        with opened.transformer.resident() as transformer:
+            assert all(bool(parameter.isfinite().all()) for parameter in transformer.parameters())
+
+
+def test_a_stage_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--stage", "dessert"])
+    assert "autoencoder" in capsys.readouterr().err
