@@ -34,7 +34,7 @@ def picture_size(aspect: str, megapixels: float, width: int, height: int) -> tup
     """
     ratio = ASPECTS[aspect]
     if ratio is None:
-        return round_size(width), round_size(height)
+        return round_size(min(width, MAX_SIDE)), round_size(min(height, MAX_SIDE))
     if aspect == MINI:
         return MINI_SIDE, MINI_SIDE
     area = megapixels * MEGAPIXEL

@@ -22,7 +22,7 @@ from ..ops.layers import TORCH_LAYERS, Layers
 from ..specs.flux1 import Flux1Spec
 from .positions import apply_rope, rope
 
-__all__ = ["Conditions", "Flux1", "Modulations", "timestep_embedding"]
+__all__ = ["Attend", "Conditions", "Flux1", "Modulations", "rotary_attention", "timestep_embedding"]
 
 NORM_EPS = 1e-6
 TIME_WIDTH = 256
@@ -30,6 +30,12 @@ TIME_FACTOR = 1000.0  # flow time and guidance enter the sinusoid multiplied by 
 TIME_PERIOD = 10_000.0
 
 Observer = Callable[[int], None]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def rotary_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+    """Attention (B, H, L, D) whose queries and keys are rotated by their positions."""
+    return attention(apply_rope(q, rotation), apply_rope(k, rotation), v)
 
 
 class Modulations(NamedTuple):
@@ -225,15 +231,20 @@ class DoubleBlock(nn.Module):
         self.img_mlp, self.txt_mlp = (feed_forward(spec, layers) for _ in range(2))
 
     def forward(
-        self, img: Tensor, txt: Tensor, rotation: Tensor, img_mod: Tensor, txt_mod: Tensor
+        self,
+        img: Tensor,
+        txt: Tensor,
+        rotation: Tensor,
+        img_mod: Tensor,
+        txt_mod: Tensor,
+        attend: Attend = rotary_attention,
     ) -> tuple[Tensor, Tensor]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = per_token(img_mod, 6)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = per_token(txt_mod, 6)
         img_q, img_k, img_v = self.img_attn.project(modulated_norm(img, img_shift1, img_scale1))
         txt_q, txt_k, txt_v = self.txt_attn.project(modulated_norm(txt, txt_shift1, txt_scale1))
-        q = apply_rope(torch.cat((txt_q, img_q), dim=2), rotation)
-        k = apply_rope(torch.cat((txt_k, img_k), dim=2), rotation)
-        mixed = merge_heads(attention(q, k, torch.cat((txt_v, img_v), dim=2)))
+        q, k, v = (torch.cat(pair, dim=2) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
+        mixed = merge_heads(attend(q, k, v, rotation))
         txt_mixed, img_mixed = mixed[:, : txt.shape[1]], mixed[:, txt.shape[1] :]
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_mixed))
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_mixed))
@@ -263,11 +274,11 @@ class SingleBlock(nn.Module):
         self.linear2 = layers.Linear(spec.hidden + spec.mlp_width, spec.hidden)
         self.norm = QueryKeyNorm(spec.hidden // spec.heads)
 
-    def forward(self, x: Tensor, rotation: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, modulation: Tensor, attend: Attend = rotary_attention) -> Tensor:
         shift, scale, gate = per_token(modulation, 3)
         fused = self.linear1(modulated_norm(x, shift, scale))
         q, k, v = split_heads(fused[..., : 3 * self.hidden], self.norm, self.heads)
-        mixed = attention(apply_rope(q, rotation), apply_rope(k, rotation), v)
+        mixed = attend(q, k, v, rotation)
         joined = self._join(mixed, fused) if torch.is_grad_enabled() else self._join_in_place(mixed, fused)
         return torch.addcmul(x, gate, self.linear2(joined))
 

@@ -7,7 +7,7 @@ together. Each step is a product of its own with the direct path's shapes, so bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -20,9 +20,12 @@ __all__ = ["Borrower", "tabulate"]
 
 
 class Borrower(Protocol):
-    """Gives a context in which the weights below a prefix are in memory."""
+    """Gives a context in which the weights below a prefix are in memory.
 
-    def __call__(self, prefix: str, /) -> AbstractContextManager[None]: ...
+    The context may give what to run in the layer's place, where weights are brought without the layer holding them.
+    """
+
+    def __call__(self, prefix: str, /) -> AbstractContextManager[Callable[[Tensor], Tensor] | None]: ...
 
 
 def tabulate(model: Flux1, vectors: Sequence[Tensor], borrow: Borrower) -> list[Modulations]:
@@ -39,7 +42,8 @@ def tabulate(model: Flux1, vectors: Sequence[Tensor], borrow: Borrower) -> list[
     activated = [F.silu(vector) for vector in vectors]
     rows: list[list[Tensor]] = [[] for _ in vectors]
     for prefix, layer in model.modulation_layers().items():
-        with borrow(prefix):
+        with borrow(prefix) as lent:
+            run = lent or layer
             for row, vector in zip(rows, activated, strict=True):
-                row.append(layer(vector))
+                row.append(run(vector))
     return [model.gather_modulations(row) for row in rows]

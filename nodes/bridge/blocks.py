@@ -1,27 +1,47 @@
-"""The transformer's blocks one by one, with what other nodes may put between them: replaced blocks and ControlNets.
+"""The transformer's blocks one by one, with what other nodes may put between and into them.
 
-Without any of it ``Flux1.forward`` is run instead; both give the same bits.
+That is: replaced blocks, ControlNets, patches after the input layers, patches before and behind attention, and another
+attention altogether. Without any of it ``Flux1.forward`` is run instead; blocks that change nothing give its bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from comfy.ldm.flux.layers import EmbedND
+from comfy.ldm.flux.math import attention as host_attention
 from torch import Tensor
 
-from ...flux.models.flux1 import Conditions, Flux1, Modulations
+from ...flux.models.flux1 import Conditions, Flux1, Modulations, rotary_attention
 from ...flux.models.positions import rope
+from ...flux.ops.dtypes import clamp_to_range
 from .progress import check_cancelled
 
 __all__ = ["is_patched", "run_patched"]
 
 Options = dict[str, Any]
+Blocks = Callable[[Options], Options]
+
+BEFORE_BLOCKS = "post_input"
+BEFORE_ATTENTION, BEHIND_ATTENTION = "attn1_patch", "attn1_output_patch"
+OTHER_ATTENTION = "optimized_attention_override"
 
 
 def is_patched(options: Options, control: Options | None) -> bool:
-    """Whether anything is to be done between the blocks."""
-    return control is not None or bool(options.get("patches_replace", {}).get("dit"))
+    """Whether anything is to be done between the blocks or in them."""
+    return (
+        control is not None
+        or bool(options.get("patches_replace", {}).get("dit"))
+        or bool(options.get("patches", {}).get(BEFORE_BLOCKS))
+        or _touches_attention(options)
+    )
+
+
+def _touches_attention(options: Options) -> bool:
+    patches = options.get("patches", {})
+    return OTHER_ATTENTION in options or bool(patches.get(BEFORE_ATTENTION)) or bool(patches.get(BEHIND_ATTENTION))
 
 
 def run_patched(
@@ -44,61 +64,94 @@ def run_patched(
         control: A ControlNet's residuals, ``input`` for double and ``output`` for single blocks.
         options: The host's transformer options; what patches read of the current block is set in them.
     """
-    run = _Run(model, modulations, vector, control or {}, options)
-    img, txt = model.img_in(tokens), model.txt_in(conditions.text)
-    ids = torch.cat((conditions.text_ids, conditions.image_ids))
-    rotation = rope(ids, model.spec.axes, model.spec.theta)
-    for index in range(len(model.double_blocks)):
-        img, txt = run.double(index, img, txt, rotation)
+    img, txt, ids = _after_input(model, tokens, conditions, options)
     length = txt.shape[1]
+    options["img_slice"] = [length, length + img.shape[1]]
+    run = _Run(model, modulations, vector, ids, control or {}, options)
+    for index in range(len(model.double_blocks)):
+        img, txt = run.double(index, img, txt)
     x = torch.cat((txt, img), dim=1)
-    options["img_slice"] = [length, x.shape[1]]
     for index in range(len(model.single_blocks)):
-        x = run.single(index, x, rotation, length)
-    out: Tensor = model.final_layer(x[:, length:], modulations.final)
+        x = run.single(index, x, length)
+    out: Tensor = model.final_layer(x[:, length : length + tokens.shape[1]], modulations.final)
     return out
+
+
+def _after_input(
+    model: Flux1, tokens: Tensor, conditions: Conditions, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and text as the blocks take them, and the positions (L, 3) of both, text first.
+
+    Patches may change all of them, and add tokens; they see positions with a batch dimension.
+    """
+    img, txt = model.img_in(tokens), model.txt_in(conditions.text)
+    image_ids, text_ids = (ids[None].expand(len(img), -1, -1) for ids in (conditions.image_ids, conditions.text_ids))
+    state = {"img": img, "txt": txt, "img_ids": image_ids, "txt_ids": text_ids}
+    for patch in options.get("patches", {}).get(BEFORE_BLOCKS, ()):
+        state = patch({**state, "transformer_options": options})
+    return state["img"], state["txt"], torch.cat((state["txt_ids"][0], state["img_ids"][0]))
 
 
 class _Run:
     """One pass: what every block needs, and the patches on it."""
 
     def __init__(
-        self, model: Flux1, modulations: Modulations, vector: Tensor, control: Options, options: Options
+        self, model: Flux1, modulations: Modulations, vector: Tensor, ids: Tensor, control: Options, options: Options
     ) -> None:
         self.model, self.modulations, self.vector = model, modulations, vector
         self.control, self.options = control, options
         self.replaced = options.get("patches_replace", {}).get("dit", {})
+        spec = model.spec
+        self.rotation = rope(ids, spec.axes, spec.theta)
+        # The host's form of the same rotation: patches expect it, and its attention takes it.
+        self.host_rotation = EmbedND(spec.hidden // spec.heads, int(spec.theta), list(spec.axes))(ids[None])
+        self.attend = self._host_attend if _touches_attention(options) else rotary_attention
 
-    def double(self, index: int, img: Tensor, txt: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    def double(self, index: int, img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
         block = self.model.double_blocks[index]
         own = (self.modulations.image[index], self.modulations.text[index])
 
         def original(args: Options) -> Options:
-            image, text = block(args["img"], args["txt"], rotation, *own)
+            image, text = block(args["img"], args["txt"], self.rotation, *own, self.attend)
             return {"img": image, "txt": text}
 
-        out = self._call("double", index, {"img": img, "txt": txt}, rotation, original)
-        return self._add("input", index, out["img"], 0), out["txt"]
+        out = self._call("double", index, {"img": img, "txt": txt}, original)
+        return self._add("input", index, clamp_to_range(out["img"]), 0), clamp_to_range(out["txt"])
 
-    def single(self, index: int, x: Tensor, rotation: Tensor, length: int) -> Tensor:
+    def single(self, index: int, x: Tensor, length: int) -> Tensor:
         block, own = self.model.single_blocks[index], self.modulations.single[index]
 
         def original(args: Options) -> Options:
-            return {"img": block(args["img"], rotation, own)}
+            return {"img": block(args["img"], self.rotation, own, self.attend)}
 
-        out = self._call("single", index, {"img": x}, rotation, original)
-        return self._add("output", index, out["img"], length)
+        out = self._call("single", index, {"img": x}, original)
+        return self._add("output", index, clamp_to_range(out["img"]), length)
 
-    def _call(self, kind: str, index: int, args: Options, rotation: Tensor, original: Any) -> Options:
+    def _call(self, kind: str, index: int, args: Options, original: Blocks) -> Options:
         check_cancelled()
         blocks = self.model.double_blocks if kind == "double" else self.model.single_blocks
         self.options |= {"block_type": kind, "block_index": index, "total_blocks": len(blocks)}
         replaced = self.replaced.get((f"{kind}_block", index))
         if replaced is None:
             return original(args)
-        args |= {"vec": self.vector, "pe": rotation, "attn_mask": None, "transformer_options": self.options}
+        args |= {"vec": self.vector, "pe": self.host_rotation, "attn_mask": None, "transformer_options": self.options}
         out: Options = replaced(args, {"original_block": original})
         return out
+
+    def _host_attend(self, q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+        """Attention (B, H, L, D) by the host, which rotates, with the patches before and behind it."""
+        state: Options = {"q": q, "k": k, "v": v, "pe": self.host_rotation, "attn_mask": None}
+        patches, extra = self.options.get("patches", {}), dict(self.options)
+        for patch in patches.get(BEFORE_ATTENTION, ()):
+            q, k, v = (state[name] for name in "qkv")
+            changed = patch(q, k, v, pe=state["pe"], attn_mask=state["attn_mask"], extra_options=extra)
+            state |= {name: changed[name] for name in state if name in changed}
+        q, k, v, pe, mask = state.values()
+        mixed = host_attention(q, k, v, pe=pe, mask=mask, transformer_options=self.options)
+        for patch in patches.get(BEHIND_ATTENTION, ()):
+            mixed = patch(mixed, extra)
+        heads: Tensor = mixed.unflatten(-1, (self.model.spec.heads, -1)).transpose(1, 2)
+        return heads
 
     def _add(self, side: str, index: int, tokens: Tensor, start: int) -> Tensor:
         """Add the ControlNet's residual of a block to the image tokens, which begin at ``start``."""
@@ -107,4 +160,5 @@ class _Run:
         if residual is None:
             return tokens
         end = start + residual.shape[1]
-        return torch.cat((tokens[:, :start], tokens[:, start:end] + residual, tokens[:, end:]), dim=1)
+        added = clamp_to_range(tokens[:, start:end] + residual.to(tokens))
+        return torch.cat((tokens[:, :start], added, tokens[:, end:]), dim=1)

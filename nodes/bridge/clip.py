@@ -29,7 +29,7 @@ from ...flux.weights.readers.tokenizer import (
     read_clip_tokenizer,
     read_t5_tokenizer,
 )
-from .compat import patch, register_reload, to_intermediate
+from .compat import asked_text_dtype, patch, register_reload, to_intermediate
 from .progress import say
 from .weights import HostLayers, Numbers, Weights, choose_numbers, open_weights
 
@@ -182,8 +182,13 @@ def load_clip_patcher(clip_path: str, t5_path: str, t5_length: int, disable_dyna
 
 
 def _numbers(weights: Weights, device: torch.device) -> Numbers:
-    """Text encoders compute in fp32 everywhere, as the host's own do; their weights are widened as they are used."""
-    return Numbers(choose_numbers(weights, device).weights, torch.float32)
+    """Text encoders compute in fp32 everywhere, as the host's own do; their weights are widened as they are used.
+
+    Off the CPU they are kept as the file has them, unless the user started the host with a flag for text encoders.
+    """
+    if device.type == "cpu":
+        return Numbers(choose_numbers(weights, device).weights, torch.float32)
+    return Numbers(asked_text_dtype(device) or weights.stored, torch.float32)
 
 
 def _build(parts: tuple[tuple[ClipTextSpec, Numbers], tuple[T5Spec, Numbers]], **_: Any) -> HostTextEncoders:

@@ -5,17 +5,26 @@ Each function does what a recent host does and falls back where an older one lac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sample
 import comfy.utils
 import torch
 from torch import Tensor, nn
 
-__all__ = ["archive_dtypes", "fit_empty_latent", "is_dynamic", "patch", "register_reload", "to_intermediate"]
+__all__ = [
+    "archive_dtypes", "asked_text_dtype", "cast_once", "fit_empty_latent", "is_dynamic", "latent_ratio", "patch",
+    "register_reload", "to_intermediate",
+]  # fmt: skip
+
+
+FLUX1_RATIO = 8
 
 
 def patch(module: nn.Module, load_device: torch.device, offload_device: torch.device, *, plain: bool = False) -> Any:
@@ -40,6 +49,12 @@ def archive_dtypes(module: nn.Module) -> None:
         archive(module)
 
 
+def asked_text_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that a flag of the host wants text encoders in; None without such a flag."""
+    asked = any(value for name, value in vars(comfy.cli_args.args).items() if name.endswith("_text_enc"))
+    return comfy.model_management.text_encoder_dtype(device) if asked else None
+
+
 def is_dynamic(patcher: Any) -> bool:
     """Whether the host streams this patcher's weights itself."""
     ask = getattr(patcher, "is_dynamic", None)
@@ -51,17 +66,37 @@ def register_reload(patcher: Any, factory: Callable[..., Any], *args: object) ->
     patcher.cached_patcher_init = (factory, args)
 
 
+@contextmanager
+def cast_once(layer: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of one of the host's layers, as its forward would have them, for the length of a block.
+
+    Args:
+        layer: Its weights may rest elsewhere, in another dtype, with patches on them.
+        like: Has the dtype and device of the inputs.
+    """
+    weight, bias, stream = comfy.ops.cast_bias_weight(layer, like, offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+
+
 def to_intermediate(tensor: Tensor) -> Tensor:
     """A tensor in the dtype and on the device of everything that passes between nodes."""
     dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: torch.float32)()
     return tensor.to(comfy.model_management.intermediate_device(), dtype)
 
 
+def latent_ratio(patcher: Any) -> int:
+    """Pixels along each side of a cell of the model's latents: 8 for FLUX.1, 16 for FLUX.2."""
+    return int(getattr(patcher.get_model_object("latent_format"), "spacial_downscale_ratio", FLUX1_RATIO))
+
+
 def fit_empty_latent(patcher: Any, latent: dict[str, Any]) -> Tensor:
     """The latent's samples; an all-zero one is given the model's channels and, where it says its own, ratio."""
     samples = latent["samples"]
     samples = comfy.sample.fix_empty_latent_channels(patcher, samples)
-    ratio, wanted = latent.get("downscale_ratio_spacial"), 8
+    ratio, wanted = latent.get("downscale_ratio_spacial"), latent_ratio(patcher)
     if ratio is not None and ratio != wanted and torch.count_nonzero(samples) == 0:
         height, width = (round(side * ratio / wanted) for side in samples.shape[-2:])
         samples = comfy.utils.common_upscale(samples, width, height, "nearest-exact", crop="disabled")

@@ -22,13 +22,14 @@ from ...flux.sampling.solvers import solver
 from .compat import fit_empty_latent, to_intermediate
 from .conditioning import check_conditioning, with_guidance
 from .model import spec_of
-from .progress import check_cancelled, preview_callback
+from .progress import check_cancelled, preview_callback, say
 from .vae import LATENT_OWNER
 
 __all__ = ["Run", "plan", "sample", "tokens_of"]
 
 Conditioning = list[list[Any]]
 CELL = 8  # pixels of a FLUX.1 latent's cell along each side
+FLUX1_CHANNELS = 16  # FLUX.2, whose latents have 128, is shifted by another rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,7 @@ def sample(patcher: Any, latent: dict[str, Any], run: Run) -> dict[str, Any]:
     check_latent(patcher, start)
     check_conditioning(patcher, [*run.positive, *(run.negative or ())])
     sigmas = torch.tensor(check_sigmas(run.sigmas) if run.sigmas else [], dtype=torch.float32)
+    _tell_of_grey(start, sigmas)
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     out["samples"] = start if len(sigmas) == 0 else _sample(patcher, start, latent, run, sigmas)
     spec = spec_of(patcher)
@@ -94,6 +96,15 @@ def sample(patcher: Any, latent: dict[str, Any], run: Run) -> dict[str, Any]:
     else:
         out.pop(LATENT_OWNER, None)
     return out
+
+
+def _tell_of_grey(start: Tensor, sigmas: Tensor) -> None:
+    """Warn of a run that goes on from a picture where there is none."""
+    if len(sigmas) > 0 and float(sigmas[0]) < 1 and torch.count_nonzero(start) == 0:
+        say(
+            f"the run begins at sigma {float(sigmas[0]):.2f} with an empty latent, so it goes on from plain grey; set "
+            "denoise to 1 for a whole picture, or give it an encoded one"
+        )
 
 
 def _sample(patcher: Any, start: Tensor, latent: dict[str, Any], run: Run, sigmas: Tensor) -> Tensor:
@@ -213,14 +224,15 @@ def plan(patcher: Any, tokens: int, steps: int, schedule: str, amount: float, mu
 
 
 def model_mu(patcher: Any, tokens: int) -> float | None:
-    """The shift of a MODEL: what a model-sampling node set, else the size's for models that are shifted by size."""
+    """The shift of a MODEL: what a model-sampling node set, else FLUX.1's by size, else the MODEL's own."""
     sampling = patcher.get_model_object("model_sampling")
-    by_size = isinstance(sampling, comfy.model_sampling.ModelSamplingFlux)
-    if by_size and "model_sampling" not in patcher.object_patches:
+    exponential = isinstance(sampling, comfy.model_sampling.ModelSamplingFlux)
+    of_flux1 = patcher.get_model_object("latent_format").latent_channels == FLUX1_CHANNELS
+    if exponential and of_flux1 and "model_sampling" not in patcher.object_patches:
         return flux1_mu(tokens)
     shift = getattr(sampling, "shift", None)
     if shift is None:
         raise UserError("this MODEL is no flow model; FLUX Schedule and FLUX Sampler take FLUX models")
-    if by_size:
+    if exponential:
         return float(shift)
     return None if shift == 1 else math.log(shift)

@@ -5,13 +5,15 @@ Shapes: B batch (of all prompts of a call together), C channels, h and w in late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.patcher_extension
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...flux.errors import UserError
 from ...flux.models.flux1 import Conditions, Flux1, Modulations
@@ -20,6 +22,7 @@ from ...flux.pipelines.modulation_tables import tabulate
 from ...flux.sampling.packing import PATCH, pack, pad_to_patch, token_grid, unpack
 from ...flux.specs.flux1 import Flux1Spec
 from .blocks import is_patched, run_patched
+from .compat import cast_once
 from .progress import check_cancelled
 from .weights import HostLayers
 
@@ -124,7 +127,8 @@ class HostFlux1(Flux1):
         options = dict(transformer_options or {})
         _refuse(ref_latents, kwargs)
         padded, size = pad_to_patch(x)
-        conditions = Conditions(context, text_ids(context.shape[1], x.device), image_ids(*token_grid(*size), x.device))
+        ids = scaled_ids(image_ids(*token_grid(*size), x.device), options.get("rope_options") or {})
+        conditions = Conditions(context, text_ids(context.shape[1], x.device), ids)
         pooled = x.new_zeros(len(x), self.spec.pooled_width) if y is None else y
         modulations = self._modulations(timestep, pooled, guidance, options.get(TABLE))
         tokens = pack(padded)
@@ -161,13 +165,26 @@ class HostFlux1(Flux1):
         """One prompt's modulations at several times, each by a product of its own: the same bits, however many."""
         strength = None if guidance is None else guidance[own]
         times = torch.tensor(moments, dtype=torch.float32, device=pooled.device)
-        return tabulate(self, [self.embed(time[None], pooled, strength) for time in times], _present)
+        return tabulate(self, [self.embed(time[None], pooled, strength) for time in times], partial(self._lend, pooled))
+
+    @contextmanager
+    def _lend(self, like: Tensor, prefix: str) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A modulation layer, its weights brought once for all moments, for inputs of the dtype and device of ``like``.
+
+        Before it the user may stop the run.
+        """
+        check_cancelled()
+        with cast_once(self.get_submodule(prefix), like) as (weight, bias):
+            yield lambda vector: F.linear(vector, weight, bias)
 
 
-def _present(_: str) -> AbstractContextManager[None]:
-    """The host's layers bring their own weights; between two of them the user may stop the run."""
-    check_cancelled()
-    return nullcontext()
+def scaled_ids(ids: Tensor, options: Mapping[str, float]) -> Tensor:
+    """Image positions (tokens, 3) as the host's ``rope_options`` scale and shift them, axis by axis."""
+    if not options:
+        return ids
+    scale = ids.new_tensor([1.0, options.get("scale_y", 1.0), options.get("scale_x", 1.0)])
+    shift = ids.new_tensor([options.get(f"shift_{axis}", 0.0) for axis in "tyx"])
+    return ids * scale + shift
 
 
 def _stack(rows: Sequence[Modulations]) -> Modulations:

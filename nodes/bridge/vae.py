@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...flux.errors import MismatchError, NumericError
 from ...flux.models.autoencoder import Autoencoder
+from ...flux.specs.autoencoder import FLUX1 as FLUX1_AE
 from ...flux.specs.autoencoder import AutoencoderSpec
 from .compat import archive_dtypes, patch, register_reload
 from .weights import open_weights
@@ -86,6 +87,11 @@ class FoundryVAE(comfy.sd.VAE):
         check_channels(samples_in, self.latent_channels, self.spec.name)
         return super().decode(samples_in, *args, **kwargs)
 
+    def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The same tile by tile; see ``decode``."""
+        check_channels(samples, self.latent_channels, self.spec.name)
+        return super().decode_tiled(samples, *args, **kwargs)
+
 
 def load_vae(path: str, disable_dynamic: bool = False) -> FoundryVAE:
     """Load an autoencoder as the host's VAE.
@@ -123,10 +129,10 @@ def decode_latent(vae: Any, latent: dict[str, Any]) -> Tensor:
     """
     samples, owner = latent["samples"], latent.get(LATENT_OWNER)
     own = getattr(vae, "spec", None)
-    if isinstance(own, AutoencoderSpec) and owner not in (None, own.name):
-        raise MismatchError(
-            f"this LATENT was made for the autoencoder {owner}, but the VAE is {own.name}; load {owner}"
-        )
+    is_ours = isinstance(own, AutoencoderSpec)
+    if owner not in (None, own.name if is_ours else FLUX1_AE.name):
+        title = own.name if is_ours else "another loader's"
+        raise MismatchError(f"this LATENT was made for the autoencoder {owner}, but the VAE is {title}; load {owner}")
     check_channels(samples, getattr(vae, "latent_channels", samples.shape[1]), "this VAE")
     images: Tensor = vae.decode(samples)
     if not bool(torch.isfinite(images).all()):

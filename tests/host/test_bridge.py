@@ -30,6 +30,33 @@ def test_tables_and_patched_blocks_give_the_same_bits_as_the_plain_run(host: Hos
     assert compared(host, core_sampler(**settings), core_sampler("other", **settings), **other)["equal"]
 
 
+@pytest.mark.parametrize("what", ["control", "attention patches", "other attention", "input patch", "rope options"])
+def test_patches_of_other_nodes_do_to_our_model_what_they_do_to_the_cores(host: Host, what: str) -> None:
+    more = {
+        "core": node("UNETLoader", unet_name="flux1-mini.safetensors", weight_dtype="default"),
+        "our other": node("ProbeModel", model=["load", 0], what=what),
+        "their other": node("ProbeModel", model=["core", 0], what=what),
+    }
+    patched = our_sampler("our other", steps=3)
+    report = compared(host, patched, our_sampler("their other", steps=3), **more)
+    assert report["largest"] < 1e-3 * report["spread"]
+    report = compared(host, patched, our_sampler(steps=3), **more)
+    assert report["largest"] > 1e-2 * report["spread"]
+
+
+def test_a_controlnet_without_strength_changes_no_bit(host: Host) -> None:
+    other = {"other": node("ProbeModel", model=["load", 0], what="zero control")}
+    assert compared(host, our_sampler(steps=3), our_sampler("other", steps=3), **other)["equal"]
+
+
+@pytest.mark.parametrize("sampler", [core_sampler, our_sampler])
+def test_modulations_of_the_whole_schedule_are_made_ahead(host: Host, sampler: object) -> None:
+    other = {"other": node("ProbeModel", model=["load", 0], what="watch table")}
+    sample = sampler("other", steps=3, seed=103 if sampler is our_sampler else 104)
+    prompt = {**start(), **other, "sample": sample, "out": node("ProbeTable", latent=["sample", 0])}
+    assert host.succeed(prompt).report()["moments"] == [3, 3, 3]
+
+
 def test_a_solver_with_times_between_the_sigmas_is_served(host: Host) -> None:
     other = {"other": node("ProbeModel", model=["load", 0], what="direct")}
     settings = {"steps": 3, "sampler_name": "dpm_2"}
@@ -132,13 +159,23 @@ def test_numbers_that_are_not_finite_stop_the_run_at_their_step(host: Host) -> N
     assert "dtype" in message
 
 
+def test_a_run_that_begins_in_the_middle_without_a_picture_is_told_of(host: Host) -> None:
+    host.succeed({**start(), "sample": our_sampler(steps=2, denoise=0.5), "out": same("sample")})
+    assert "with an empty latent, so it goes on from plain grey" in (host.base / "log.txt").read_text()
+
+
 def test_a_latent_with_other_channels_is_refused_by_decoders(host: Host) -> None:
     four = node("EmptyLatentImage", width=128, height=128, batch_size=1)
-    for decoder, name in (("VAEDecode", "samples"), ("FluxFoundryDecode", "latent")):
+    tiles = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
+    for decoder, name, more in (
+        ("VAEDecode", "samples", {}),
+        ("VAEDecodeTiled", "samples", tiles),
+        ("FluxFoundryDecode", "latent", {}),
+    ):
         prompt = {
             **start(),
             "four": four,
-            "decode": node(decoder, vae=["load", 2], **{name: ["four", 0]}),
+            "decode": node(decoder, vae=["load", 2], **{name: ["four", 0]}, **more),
             "save": node("SaveImage", images=["decode", 0], filename_prefix="test"),
         }
         outcome = host.run(prompt)

@@ -27,9 +27,10 @@ def test_previews_and_progress_arrive_step_by_step(host: Host, sampler: object) 
     assert steps[-1]["value"] == steps[-1]["max"] == 5
 
 
+@pytest.mark.parametrize("what", ["slow plain", "slow blocks"])
 @pytest.mark.parametrize("sampler", [our_sampler, core_sampler])
-def test_cancel_takes_effect_within_a_block(host: Host, sampler: object) -> None:
-    prompt = {**start(), "slow": node("ProbeModel", model=["load", 0], what="slow blocks", seconds=BLOCK_SECONDS)}
+def test_cancel_takes_effect_within_a_block(host: Host, sampler: object, what: str) -> None:
+    prompt = {**start(), "slow": node("ProbeModel", model=["load", 0], what=what, seconds=BLOCK_SECONDS)}
     prompt["sample"] = sampler("slow", steps=3, seed=102)
     prompt["out"] = node("ProbeCompare", a=["sample", 0], b=["sample", 0])
     with host.listening() as listener:

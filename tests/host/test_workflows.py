@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from client import ROOT, Host
 from graph import for_embedded, to_prompt
-from pictures import PROMPT, REQUEST, assert_shows
+from pictures import OTHER_REQUEST, PROMPT, REQUEST, assert_shows
 from PIL import Image
 
 from flux.mini.language import Request
@@ -23,7 +23,7 @@ def test_a_workflow_draws_what_its_prompt_says(host: Host, path: Path) -> None:
     prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), host.get_json("/object_info"))
     for n in prompt.values():
         if n["class_type"] == "LoadImage":
-            n["inputs"]["image"] = input_picture(host, REQUEST)
+            n["inputs"]["image"] = input_picture(host, OTHER_REQUEST)
     pictures = host.pictures(for_embedded(prompt, PROMPT))
     assert pictures
     for png in pictures:

@@ -32,6 +32,10 @@ def test_exact_sizes_are_rounded_to_the_grid(sizes) -> None:
     assert sizes.picture_size(sizes.EXACT, 1.0, 1, 2048) == (16, 2048)
 
 
+def test_exact_sizes_that_another_node_gives_are_held_to_2048_too(sizes) -> None:
+    assert sizes.picture_size(sizes.EXACT, 1.0, 4000, 100_000) == (2048, 2048)
+
+
 def test_the_embedded_models_size_ignores_the_rest(sizes) -> None:
     assert sizes.picture_size(sizes.MINI, 4.0, 512, 512) == (128, 128)
 
