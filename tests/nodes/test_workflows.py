@@ -1,0 +1,71 @@
+"""Workflow files as they are shipped: whole graphs, with a note, and with links to the files that they name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
+FOLDERS = {"diffusion_models", "text_encoders", "vae"}
+LOADERS = {"FluxFoundryLoadModel", "FluxFoundryLoadTextEncoders", "FluxFoundryLoadAutoencoder"}
+WITHOUT_A_DOWNLOAD = "quick-start"
+MUTED = 2
+
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+def nodes_of(path: Path) -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    return nodes
+
+
+@each_workflow
+def test_links_join_sockets_that_know_of_them(path: Path) -> None:
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {n["id"]: n for n in graph["nodes"]}
+    links = {link[0]: link for link in graph["links"]}
+    assert len(links) == len(graph["links"])
+    assert max(nodes) <= graph["last_node_id"]
+    assert max(links) <= graph["last_link_id"]
+    for number, origin, slot, target, place, kind in links.values():
+        output, socket = nodes[origin]["outputs"][slot], nodes[target]["inputs"][place]
+        assert number in output["links"]
+        assert socket["link"] == number
+        assert output["type"] == socket["type"] == kind
+    joined = [i["link"] for n in nodes.values() for i in n.get("inputs", ()) if i.get("link") is not None]
+    assert sorted(joined) == sorted(links)
+
+
+@each_workflow
+def test_a_note_explains_the_graph(path: Path) -> None:
+    notes = [n["widgets_values"][0] for n in nodes_of(path) if n["type"] == "MarkdownNote"]
+    assert len(notes) == 1
+    assert notes[0].startswith("## ")
+    assert path.with_suffix(".jpg").read_bytes().startswith(b"\xff\xd8")
+
+
+@each_workflow
+def test_every_real_file_has_its_download_link_where_the_front_end_looks(path: Path) -> None:
+    loaders = [n for n in nodes_of(path) if n["type"] in LOADERS]
+    assert bool(loaders) == (path.stem != WITHOUT_A_DOWNLOAD)
+    note = next(n["widgets_values"][0] for n in nodes_of(path) if n["type"] == "MarkdownNote")
+    for loader in loaders:
+        files = [value for value in loader["widgets_values"] if str(value).endswith(".safetensors")]
+        assert files
+        models = {model["name"]: model for model in loader["properties"]["models"]}
+        assert sorted(models) == sorted(files)
+        for name, model in models.items():
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith("/" + name)
+            assert model["directory"] in FOLDERS
+            assert model["url"] in note
+
+
+def test_workflows_that_run_at_once_have_their_real_files_beside_them_muted() -> None:
+    path = next(path for path in WORKFLOWS if path.stem == "image-to-image")
+    nodes = nodes_of(path)
+    assert any(n["type"] == "FluxFoundryLoadEmbedded" and not n["mode"] for n in nodes)
+    assert {n["mode"] for n in nodes if n["type"] in LOADERS} == {MUTED}
