@@ -131,7 +131,9 @@ def _add_picture(group: Group) -> None:
     group.add_argument("--width", type=int, metavar="PIXELS", help="rounded to a multiple of 16 (default: the model's)")
     group.add_argument("--height", type=int, metavar="PIXELS", help="likewise")
     group.add_argument(
-        "--seed", type=int, help="of the first picture, 0 to 2^64-1; the next count up (default: random)"
+        "--seed",
+        type=int,
+        help="of the first picture, 0 to 2^64-1, of which the low 32 bits count; the next count up (default: random)",
     )
     group.add_argument("--count", type=int, default=1, help="how many pictures (default: 1)")
     group.add_argument("--negative", metavar="PROMPT", help="what to stay away from; turns --cfg 3 on")

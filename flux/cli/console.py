@@ -10,8 +10,9 @@ __all__ = ["Bar", "fault", "note", "say"]
 
 def say(line: str) -> None:
     """Put a line of results on stdout, at once, so that a pipe's reader can begin."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by the caller, who does not want to know
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
 
 
 def note(sentence: str) -> None:
@@ -25,7 +26,7 @@ def fault(sentence: str) -> None:
 
 
 class Bar:
-    """A progress bar for each picture, on a terminal only.
+    """A progress bar for each stage of a picture, on a terminal only.
 
     Args:
         quiet: Show nothing whatever stderr is.
@@ -34,6 +35,7 @@ class Bar:
     def __init__(self, quiet: bool) -> None:
         self.shown = not quiet and sys.stderr.isatty()
         self._bar: Any = None
+        self._stage = ""
 
     def __enter__(self) -> Bar:
         return self
@@ -41,14 +43,17 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def show(self, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` steps; the bar goes with the last of them."""
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Show ``done`` of a stage's ``total`` steps; the bar goes with the last of them, or with the next stage."""
         if not self.shown:
             return
+        if self._stage != stage:
+            self._close()
+            self._stage = stage
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc="sampling", unit="step", leave=False, file=sys.stderr)
+            self._bar = tqdm(total=total, desc=stage, unit="step", leave=False, file=sys.stderr)
         self._bar.update(done - self._bar.n)
         if done == total:
             self._close()

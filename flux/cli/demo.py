@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             save_picture(path, pixels.numpy(), settings)
             say(f"{path}  ({seconds:.1f} s)  {shot.prompt}")
             pictures.append(pixels.permute(2, 0, 1)[None].float() / 255)
-            bar.show(index + 1, len(SHOTS) + 1)
+            bar.show("pictures", index + 1, len(SHOTS) + 1)
     sheet = _sheet([picture[0] for picture in pictures[: len(SHOTS)]])
     path = folder / "sheet.png"
     write_whole(path, lambda file: sheet.save(file, "PNG"))

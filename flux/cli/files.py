@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import MissingFileError, UserError
-from ..specs.flux1 import FLUX1, Flux1Spec
+from ..specs.flux1 import FLUX1, Flux1Spec, check_draws
 from ..specs.recognise import recognise_kind
 from ..weights.readers.header import SafetensorsHeader
 
@@ -84,6 +84,7 @@ def _transformer(model: str) -> tuple[Path, Flux1Spec]:
     header = SafetensorsHeader(path)
     spec = recognise_kind("transformer", header, path.name, header.metadata).spec
     assert isinstance(spec, Flux1Spec)
+    check_draws(spec)
     return path, spec
 
 

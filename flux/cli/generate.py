@@ -32,12 +32,14 @@ def run(arguments: argparse.Namespace) -> int:
     # 1. What can be known without the engine, so that mistakes answer at once.
     began = time.monotonic()
     _check_words(arguments)
-    output = Output(arguments.out, arguments.model, arguments.count)
+    output = Output(arguments.out, arguments.model, arguments.count, with_record=arguments.record)
     output.check()
     files = model_files(arguments)
-    seed = _seed(arguments, tell)
+    seed = secrets.randbelow(RANDOM_SEEDS) if arguments.seed is None else arguments.seed
     # 2. The engine, which brings torch.
     model, request, record, clock = _open(arguments, files, seed, began)
+    if arguments.seed is None:
+        tell(f"seed {seed} was drawn; --seed {seed} gives the same again")
     for remark in model.transformer.notes:
         tell(remark)
     # 3. Pictures, each written as soon as it is there.
@@ -58,7 +60,8 @@ def _open(
     request = request_of(arguments, seed)
     model = open_model(files, arguments.device, arguments.dtype)
     clock.lap("opening")
-    return model, request, Record(files, model), clock
+    given = {role: getattr(arguments, role) for role in ("image", "mask")}
+    return model, request, Record(files, model, {role: path for role, path in given.items() if path}), clock
 
 
 def _draw(
@@ -73,8 +76,7 @@ def _draw(
 
     def progress(stage: str, done: int, total: int) -> None:
         clock.lap(stage)
-        if stage == "sampling":
-            bar.show(done, total)
+        bar.show(stage, done, total)
 
     with bar:
         for index, picture in enumerate(generate_each(model, request, Hooks(progress=progress, warn=warn))):
@@ -92,6 +94,8 @@ def _check_words(arguments: argparse.Namespace) -> None:
     for option in ("prompt", "negative", "clip_prompt"):
         if not _is_text(getattr(arguments, option) or ""):
             raise UserError(f"the {option.replace('_', ' ')} is not valid UTF-8; check the terminal's encoding")
+    if not arguments.out:
+        raise UserError("--out is empty; give a file's name, or a folder's that ends in a slash")
     if arguments.dtype not in DTYPES:
         raise UserError(f"there is no dtype {arguments.dtype!r}; choose one of: {', '.join(DTYPES)}")
     if arguments.noise not in NOISES:
@@ -103,11 +107,3 @@ def _check_words(arguments: argparse.Namespace) -> None:
 def _is_text(words: str) -> bool:
     """Whether these are characters only; bytes that the terminal could not decode come as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in words)
-
-
-def _seed(arguments: argparse.Namespace, tell: Tell) -> int:
-    if arguments.seed is not None:
-        return int(arguments.seed)
-    seed = secrets.randbelow(RANDOM_SEEDS)
-    tell(f"seed {seed} was drawn; --seed {seed} gives the same again")
-    return seed

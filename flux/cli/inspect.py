@@ -64,6 +64,8 @@ def _described(path: Path) -> dict[str, Any]:
         return describe(path)
     except UserError as error:
         return {"file": str(path), "error": str(error)}
+    except OSError as error:  # of a name that no file can have
+        return {"file": str(path), "error": f"{path}: {error.strerror}; check the name"}
 
 
 def _part_facts(part: Recognised) -> dict[str, Any]:

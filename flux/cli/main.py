@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import sys
 import traceback
@@ -17,6 +19,7 @@ from .console import fault
 __all__ = ["main"]
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+NAME_FAULTS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL})
 DEBUG_VARIABLE = "FLUXFOUNDRY_DEBUG"
 
 
@@ -29,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no fault
     try:
         return _run(argv)
     except SystemExit as exit_:  # argparse's, after --help and --version
@@ -42,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except FluxFoundryError as error:
         return _ended(FAILED, str(error))
+    except OSError as error:
+        return _ended(REFUSED if error.errno in NAME_FAULTS else FAILED, _explain(error))
     except Exception as error:  # noqa: BLE001 - the last frame: every fault ends in a sentence and a code
         return _ended(FAILED, _explain(error))
 
@@ -72,6 +80,8 @@ def _explain(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {error.name} is missing; run `pip install -r requirements.txt` in the pack's folder"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the name, the folder, its permissions and its room"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return "the device ran out of memory; ask for a smaller picture, use --dtype bf16, or free memory and try again"
     return f"unexpected {type(error).__name__}: {text or 'no message'}; set {DEBUG_VARIABLE}=1 to see where"

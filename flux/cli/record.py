@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,11 @@ class Record:
     Args:
         files: Of the model.
         model: Opened from them.
+        given: Pictures that the run began with, by role.
     """
 
-    def __init__(self, files: ModelFiles, model: FluxModel) -> None:
-        self.files, self.model = files, model
+    def __init__(self, files: ModelFiles, model: FluxModel, given: Mapping[str, Path] | None = None) -> None:
+        self.files, self.model, self.given = files, model, dict(given or {})
         self.pictures: list[tuple[Path, Picture]] = []
         self.notes: list[str] = list(model.transformer.notes)
 
@@ -82,7 +84,7 @@ class Record:
             "versions": _versions(),
             "device": _device_facts(self.model.transformer.device),
             "dtypes": {role: str(dtype).removeprefix("torch.") for role, dtype in dtypes.items()},
-            "files": _file_facts(self.files),
+            "files": _file_facts({**vars(self.files), **self.given}),
             "pictures": [
                 {"file": path.name, "sha256": _sha256(path), "seed": picture.seed, "settings": picture.settings}
                 for path, picture in self.pictures
@@ -110,9 +112,9 @@ def _device_facts(device: torch.device) -> dict[str, object]:
     }
 
 
-def _file_facts(files: ModelFiles) -> list[dict[str, object]]:
-    """Name, size and hash of every file that the run read."""
-    roles: dict[str, list[Path]] = {role: _expand(path) for role, path in vars(files).items()}
+def _file_facts(files: Mapping[str, Path]) -> list[dict[str, object]]:
+    """Name, size and hash of every file that the run read, by role."""
+    roles: dict[str, list[Path]] = {role: _expand(path) for role, path in files.items()}
     return [
         {"role": role, "name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
         for role, paths in roles.items()

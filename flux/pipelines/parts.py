@@ -36,6 +36,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 ALIASES = ((".scale", ".weight"), ("shared.weight", "encoder.embed_tokens.weight"))  # ours, and another name for it
 IGNORED_ENDINGS = (".position_ids", "text_projection.weight", "encoder.embed_tokens.weight", "logit_scale")
+SCALE_ENDINGS = ("scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
 SHOWN = 3  # names that a message lists
 
 
@@ -153,13 +154,16 @@ def match_names(module: nn.Module, file: Mapping[str, TensorEntry], prefix: str,
             misshapen.append(f"{found} {list(file[found].shape)} in place of {list(parameter.shape)}")
     taken = set(names.values())
     unknown = [n for n in file if n.startswith(prefix) and n not in taken and not n.endswith(IGNORED_ENDINGS)]
-    for fault, listed in (
-        ("lacks tensors", missing),
-        ("has unknown tensors", unknown),
-        ("has tensors of another shape", misshapen),
-        ("stores whole numbers, which this version does not unpack", packed),
+    scales = [n for n in unknown if n.endswith(SCALE_ENDINGS)]
+    whole, plain = "use a whole file of this model in its own layout", "use the model's bf16 release"
+    for fault, listed, way_out in (
+        ("stores numbers with scales (scaled fp8 or fp4), which this version does not unpack", scales, plain),
+        ("lacks tensors", missing, whole),
+        ("has unknown tensors", unknown, whole),
+        ("has tensors of another shape", misshapen, whole),
+        ("stores whole numbers, which this version does not unpack", packed, plain),
     ):
         if listed:
             shown = ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
-            raise FileError(f"{label} {fault}: {shown}; use a whole file of this model in its own layout")
+            raise FileError(f"{label} {fault}: {shown}; {way_out}")
     return names

@@ -21,6 +21,7 @@ from .parts import Part, open_clip, open_t5
 __all__ = ["EncodedPrompt", "TextEncoders", "check_encoders", "cut_sentences", "open_text_encoders"]
 
 Warn = Callable[[str], None]
+PROMPT = "prompt"
 CLIP_MARKS, T5_MARKS = 2, 1  # tokens that frame a text: start and end, or the end alone
 
 
@@ -62,6 +63,7 @@ class TextEncoders:
         length: int | None = None,
         warn: Warn | None = None,
         watch: Watch | None = None,
+        titles: Sequence[str] = (),
     ) -> list[EncodedPrompt]:
         """Encode several prompts one by one; each encoder is in memory once, and only while it runs.
 
@@ -70,15 +72,17 @@ class TextEncoders:
             length: T5 tokens to pad to; the spec's when None.
             warn: Told when a text is cut.
             watch: Called before each weight on its way in; may raise to stop.
+            titles: What ``warn`` hears each prompt called; "prompt" where there is none.
         """
         clip_ids = [self.clip_tokenizer(both if own is None else own) for both, own in prompts]
         t5_ids = [self.t5_tokenizer(both, length) for both, _ in prompts]
         if warn is not None:
             clip_name, t5_name = self.clip.spec.name, self.t5.spec.name
-            for (_, own), of_clip, of_t5 in zip(prompts, clip_ids, t5_ids, strict=True):
+            named = [*titles, *[PROMPT] * len(prompts)]
+            for (_, own), of_clip, of_t5, title in zip(prompts, clip_ids, t5_ids, named, strict=False):
                 asked = [(of_clip, of_t5)] if own is None else [(of_clip, None), (None, of_t5)]
                 for read in asked:
-                    for sentence in cut_sentences(clip_name, read[0], t5_name, read[1]):
+                    for sentence in cut_sentences(clip_name, read[0], t5_name, read[1], title):
                         warn(sentence)
         with self.clip.resident(watch=watch) as clip:
             pooled = [clip(torch.tensor([ids.ids], device=self.clip.device))[1].float().cpu() for ids in clip_ids]
@@ -87,7 +91,9 @@ class TextEncoders:
         return [EncodedPrompt(*both) for both in zip(tokens, pooled, strict=True)]
 
 
-def cut_sentences(clip: str, clip_ids: TokenIds | None, t5: str, t5_ids: TokenIds | None) -> list[str]:
+def cut_sentences(
+    clip: str, clip_ids: TokenIds | None, t5: str, t5_ids: TokenIds | None, title: str = PROMPT
+) -> list[str]:
     """What each encoder left out of the text that it read, in sentences; none where nothing was.
 
     Args:
@@ -95,19 +101,20 @@ def cut_sentences(clip: str, clip_ids: TokenIds | None, t5: str, t5_ids: TokenId
         clip_ids: What it reads; None where that is not asked.
         t5: What T5 is called.
         t5_ids: Likewise. Where both are given, both read one prompt.
+        title: What the text is called.
     """
     told = []
     if clip_ids is not None and clip_ids.cut:
         reader = f"; {t5} reads all of it" if t5_ids is not None and not t5_ids.cut else ""
-        told.append(_cut_sentence(clip, clip_ids, CLIP_MARKS) + reader)
+        told.append(_cut_sentence(title, clip, clip_ids, CLIP_MARKS) + reader)
     if t5_ids is not None and t5_ids.cut:
-        told.append(_cut_sentence(t5, t5_ids, T5_MARKS))
+        told.append(_cut_sentence(title, t5, t5_ids, T5_MARKS))
     return told
 
 
-def _cut_sentence(encoder: str, ids: TokenIds, marks: int) -> str:
+def _cut_sentence(title: str, encoder: str, ids: TokenIds, marks: int) -> str:
     room = ids.used - marks
-    return f"the prompt has {room + ids.cut} tokens, {encoder} takes {room}: the last {ids.cut} were left out"
+    return f"the {title} has {room + ids.cut} tokens, {encoder} takes {room}: the last {ids.cut} were left out"
 
 
 def check_encoders(spec: Flux1Spec, clip: Part[ClipTextSpec, ClipText], t5: Part[T5Spec, T5Encoder]) -> None:

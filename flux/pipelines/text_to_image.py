@@ -14,10 +14,10 @@ from ..errors import MismatchError, NumericError, UserError
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..sampling.noise import NOISE_STYLES, draw_noise, image_seeds
-from ..sampling.schedules import check_sigmas, flux1_mu, make_schedule, shorten
+from ..sampling.schedules import MAX_MU, check_sigmas, flux1_mu, flux1_tokens, make_schedule, shorten
 from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
-from ..specs.flux1 import Flux1Spec
+from ..specs.flux1 import Flux1Spec, check_draws
 from .denoising import Hooks, prepared, walk
 from .parts import Part
 from .prompts import EncodedPrompt, TextEncoders, check_encoders
@@ -37,6 +37,8 @@ __all__ = [
 GRID = 16  # pixels that a token covers along each side
 MAX_SIDE = 8192
 MAX_COUNT = 10_000
+MAX_GUIDANCE = 1000  # far beyond use: 3.5 and 30 are usual, and above some hundred numbers overflow
+MEGA = 1e6
 DEFAULT_CFG = 3.0  # beside a negative prompt
 SIGMA_DIGITS = 6  # of the sigmas in a picture's settings
 NOISES = tuple(style for style in NOISE_STYLES if style != "comfyui_batch")  # that is no noise of a seed by itself
@@ -218,7 +220,9 @@ def _encode_prompts(
     prompts: list[tuple[str, str | None]] = [(request.prompt, request.clip_prompt)]
     if plan.cfg != 1.0:
         prompts.append((request.negative or "", None))
-    encoded = model.text.encode_all(prompts, length=length, warn=hooks.warn, watch=lambda *_: hooks.check())
+    encoded = model.text.encode_all(
+        prompts, length=length, warn=hooks.warn, watch=lambda *_: hooks.check(), titles=("prompt", "negative prompt")
+    )
     for prompt in encoded:
         if not _finite(prompt.tokens, prompt.pooled):
             raise NumericError(
@@ -268,6 +272,11 @@ def plan_sigmas(spec: Flux1Spec, request: Request, tokens: int) -> list[float]:
     mu = request.mu
     if mu is None and spec.shifted_schedule:
         mu = flux1_mu(tokens)
+        if mu > MAX_MU:
+            raise UserError(
+                f"a picture of {tokens * GRID**2 / MEGA:.1f} megapixels is larger than the schedule can be shifted for; "
+                f"ask for {flux1_tokens(MAX_MU) * GRID**2 / MEGA:.1f} at most, or give a mu"
+            )
     steps = spec.steps if request.steps is None else request.steps
     return shorten(lambda n: make_schedule(request.schedule, n, mu), steps, request.denoise)
 
@@ -291,11 +300,7 @@ def round_size(value: int) -> int:
 
 
 def _check(spec: Flux1Spec, request: Request) -> None:
-    if spec.in_channels != spec.out_channels:
-        raise MismatchError(
-            f"{spec.title} takes {spec.in_channels} input channels, of which {spec.out_channels} are the picture: it "
-            "edits or follows another picture and cannot draw from a prompt alone; choose a text-to-image model"
-        )
+    check_draws(spec)
     solver(request.solver)
     if request.noise not in NOISES:
         raise UserError(f"there is no noise style {request.noise!r}; choose one of: {', '.join(NOISES)}")
@@ -308,8 +313,8 @@ def _check(spec: Flux1Spec, request: Request) -> None:
         raise UserError(f"count is {request.count}; ask for 1 to {MAX_COUNT} pictures")
     for name in ("guidance", "cfg"):
         value = getattr(request, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{name} is {value}; give a number from 0 up")
+        if value is not None and not 0 <= value <= MAX_GUIDANCE:
+            raise UserError(f"{name} is {value}; give a number from 0 to {MAX_GUIDANCE}")
     if request.mask is not None and request.image is None:
         raise UserError("a mask was given without a picture; give the picture whose masked part is to change")
     if request.denoise < 1 and request.image is None:

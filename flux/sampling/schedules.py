@@ -13,6 +13,7 @@ from typing import SupportsFloat
 from ..errors import UserError
 
 __all__ = [
+    "MAX_MU",
     "MAX_STEPS",
     "SCHEDULES",
     "SHORTENING_RULES",
@@ -21,6 +22,7 @@ __all__ = [
     "beta_schedule",
     "check_sigmas",
     "flux1_mu",
+    "flux1_tokens",
     "flux_schedule",
     "linear_schedule",
     "make_schedule",
@@ -38,6 +40,7 @@ MAX_MU = 20.0  # beyond it neighbouring steps near 1 or 0 begin to coincide in f
 # FLUX.1's line of mu over image tokens: black-forest-labs/flux, sampling.py, get_schedule and get_lin_function.
 FLUX1_FEW_TOKENS, FLUX1_FEW_MU = 256, 0.5
 FLUX1_MANY_TOKENS, FLUX1_MANY_MU = 4096, 1.15
+FLUX1_SLOPE = (FLUX1_MANY_MU - FLUX1_FEW_MU) / (FLUX1_MANY_TOKENS - FLUX1_FEW_TOKENS)
 
 # ComfyUI, comfy/model_sampling.py.
 SHIFTED_TABLE = 10_000  # ModelSamplingFlux
@@ -55,8 +58,12 @@ def flux1_mu(image_tokens: int) -> float:
     Args:
         image_tokens: Packed tokens of the output image, height * width / 256 in pixels. References do not count.
     """
-    slope = (FLUX1_MANY_MU - FLUX1_FEW_MU) / (FLUX1_MANY_TOKENS - FLUX1_FEW_TOKENS)
-    return FLUX1_FEW_MU + slope * (image_tokens - FLUX1_FEW_TOKENS)
+    return FLUX1_FEW_MU + FLUX1_SLOPE * (image_tokens - FLUX1_FEW_TOKENS)
+
+
+def flux1_tokens(mu: float) -> float:
+    """Image tokens whose shift is ``mu``: the inverse of ``flux1_mu``."""
+    return FLUX1_FEW_TOKENS + (mu - FLUX1_FEW_MU) / FLUX1_SLOPE
 
 
 def shift(t: float, mu: float) -> float:

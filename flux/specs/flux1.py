@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["FLUX1", "Flux1Spec"]
+from ..errors import MismatchError
+
+__all__ = ["FLUX1", "Flux1Spec", "check_draws"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,20 @@ MINI_SCHNELL = replace(
     guidance=None,
     files=("flux1-mini-schnell.safetensors",),
 )
+
+
+def check_draws(spec: Flux1Spec) -> None:
+    """Refuse a variant that needs more than a prompt.
+
+    Raises:
+        MismatchError: It takes another picture besides.
+    """
+    if spec.in_channels != spec.out_channels:
+        raise MismatchError(
+            f"{spec.title} takes {spec.in_channels} input channels, of which {spec.out_channels} are the picture: it "
+            "edits or follows another picture and cannot draw from a prompt alone; choose a text-to-image model"
+        )
+
 
 FLUX1: dict[str, Flux1Spec] = {
     spec.name: spec for spec in (SCHNELL, DEV, KREA, FILL, DEPTH, CANNY, KONTEXT, MINI, MINI_SCHNELL)

@@ -238,7 +238,19 @@ Foreign = tuple[tuple[str, Callable[[Tensors], bool]], ...]
 
 # A LoRA's names contain its model's, so it comes first.
 FOREIGN_MODELS: Foreign = (
-    ("a LoRA", _any("lora_A.", "lora_B.", "lora_down.", "lora_up.", "hada_w1_a", "lokr_w")),
+    (
+        "a LoRA",
+        _any(
+            "lora_A.",
+            "lora_B.",
+            "lora_down.",
+            "lora_up.",
+            "hada_w1_a",
+            "lokr_w",
+            "processor.qkv_lora",
+            "processor.proj_lora",
+        ),
+    ),
     ("a Redux adapter", _any("redux_up.weight")),
     (
         "a ControlNet",
@@ -264,6 +276,10 @@ FOREIGN_MODELS: Foreign = (
 FOREIGN_PARTS: Foreign = (
     ("a SigLIP or CLIP vision model", _any("vision_model.encoder.layers.0")),
     ("the FLUX.2 autoencoder, which this version does not run yet", _conv_in(32)),
+    (
+        "an autoencoder in diffusers' layout, which this version does not read yet",
+        lambda tensors: _conv_in(16)(tensors) and _any("decoder.up_blocks.0.")(tensors),
+    ),
     ("an autoencoder of another family", _any("decoder.conv_in.weight", "decoder.up_blocks.0", "decoder.conv1.weight")),
     ("a language model", _any("model.layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight")),
 )

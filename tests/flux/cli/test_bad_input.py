@@ -70,7 +70,7 @@ def refused(draw, tmp_path):
         ({"height": -64}, "height is -64"),
         ({"width": 9000}, "width is 9000"),
         ({"count": 0}, "count is 0; ask for 1 to"),
-        ({"guidance": "nan"}, "guidance is nan; give a number from 0 up"),
+        ({"guidance": "nan"}, "guidance is nan; give a number from 0 to 1000"),
         ({"cfg": -2}, "cfg is -2"),
         ({"denoise": 1.5}, "Denoise is 1.5"),
         ({"denoise": "nan"}, "Denoise is nan"),
@@ -243,7 +243,53 @@ def test_a_transformer_that_lacks_a_tensor(refused, tmp_path):
 
 def test_a_model_that_edits_pictures(refused, tmp_path):
     path = write_module(tmp_path / "odd.safetensors", Flux1(replace(TINY, in_channels=128)))
-    refused(model=path, clip=None, t5=None, vae=None, tokenizers=None)
+    said = refused(model=path, clip=None, t5=None, vae=None, tokenizers=None)
+    assert "takes 128 input channels" in said
+    assert "cannot draw from a prompt alone; choose a text-to-image model" in said
+    assert "more files" not in said
+
+
+def test_numbers_packed_with_scales_are_named(refused, tmp_path):
+    def pack(tensors):
+        tensors["scaled_fp8"] = torch.zeros(2)
+        tensors["img_in.scale_weight"] = torch.ones(())
+
+    path = write_module(tmp_path / "odd.safetensors", Flux1(TINY), change=pack)
+    assert "stores numbers with scales (scaled fp8 or fp4)" in refused(model=path)
+
+
+@pytest.mark.parametrize("option", ["out", "model", "image", "t5", "vae", "tokenizers"])
+def test_a_name_that_no_file_can_have(refused, tmp_path, option):
+    said = refused(**{option: tmp_path / (300 * "a" + ".png")})
+    assert "File name too long" in said
+    assert "check the name" in said
+
+
+def test_an_empty_output(refused):
+    assert "--out is empty" in refused(out="")
+
+
+def test_a_folder_where_the_record_would_go(refused, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.json").mkdir()
+    assert "where the record would go, is a folder" in refused("--record", out=tmp_path / "pictures" / "a.png")
+    assert os.listdir(tmp_path / "pictures") == ["a.json"]
+
+
+def test_a_picture_that_is_too_large_for_its_schedule(refused):
+    said = refused(width=5600, height=5600)
+    assert "31.4 megapixels is larger than the schedule can be shifted for; ask for 29.6 at most" in said
+
+
+@pytest.mark.parametrize("option", ["cfg", "guidance"])
+def test_a_strength_that_overflows(refused, option):
+    assert f"{option} is 1e+30; give a number from 0 to 1000" in refused(**{option: 1e30})
+
+
+def test_an_autoencoder_in_diffusers_layout_is_named(refused, tmp_path):
+    names = {"decoder.conv_in.weight": (512, 16, 3, 3), "decoder.up_blocks.0.resnets.0.conv1.weight": (512, 512, 3, 3)}
+    path = write_header_only(tmp_path / "diffusion_pytorch_model.safetensors", names)
+    assert "an autoencoder in diffusers' layout" in refused(vae=path)
 
 
 @pytest.mark.parametrize("option", ["image", "mask"])

@@ -153,6 +153,36 @@ def test_the_record_says_what_made_the_pictures(draw, tiny, tmp_path):
     assert any("width 30" in remark for remark in record["notes"])
 
 
+def test_the_record_names_the_picture_and_mask_that_a_run_began_with(draw, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "start.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "all.png")
+    given = {"image": tmp_path / "start.png", "mask": tmp_path / "all.png"}
+    assert draw("--out", tmp_path / "a.png", "--record", **given).code == 0
+    files = {file["role"]: file for file in json.loads((tmp_path / "a.json").read_text())["files"]}
+    for role, path in given.items():
+        assert files[role]["name"] == path.name
+        assert files[role]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_record_in_a_folder_replaces_nothing(draw, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "tiny-5.json").write_text("mine")
+    said = draw("--out", folder, "--record")
+    assert said.out == [str(folder / "tiny-5-2.png"), str(folder / "tiny-5-2.json")]
+    assert (folder / "tiny-5.json").read_text() == "mine"
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_fault(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    command = [sys.executable, "-m", "flux", "generate", "a star", "--seed", "1", "--steps", "1", "--out", "☃.png"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "\\u2603.png\n"
+    assert (tmp_path / "☃.png").is_file()
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
 def test_other_formats_are_written_by_suffix(draw, tmp_path, suffix):
     assert draw("--out", tmp_path / f"a.{suffix}").code == 0
@@ -222,13 +252,15 @@ def test_the_embedded_files_are_the_package_s():
 
 def test_the_bar_is_shown_on_a_terminal_only(capfd, monkeypatch):
     with Bar(quiet=False) as bar:
-        bar.show(1, 2)
+        bar.show("loading", 1, 2)
     assert capfd.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with Bar(quiet=True) as bar:
-        bar.show(1, 2)
+        bar.show("loading", 1, 2)
     assert capfd.readouterr().err == ""
     with Bar(quiet=False) as bar:
-        bar.show(1, 2)
-        bar.show(2, 2)
-    assert "sampling" in capfd.readouterr().err
+        for stage in ("loading", "sampling"):
+            for done in range(3):
+                bar.show(stage, done, 2)
+    shown = capfd.readouterr().err
+    assert shown.index("loading") < shown.index("sampling")

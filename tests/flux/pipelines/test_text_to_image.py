@@ -168,6 +168,13 @@ def test_a_prompt_too_long_is_cut_and_it_is_said(model):
     assert "reads all" not in "".join(told)
 
 
+def test_a_negative_prompt_that_is_cut_is_called_by_its_name(model):
+    told = []
+    generate(model, asked(negative="red " * 50, cfg=2.0), Hooks(warn=told.append))
+    said = "the negative prompt has 50 tokens, clip-mini takes 38: the last 12 were left out; t5-mini reads all of it"
+    assert told == [said]
+
+
 def test_explicit_sigmas_are_used_as_they_are(model):
     (result,) = generate(model, asked(steps=None, sigmas=[1.0, 0.6, 0.0]))
     assert result.settings["sigmas"] == [1.0, 0.6, 0.0]
@@ -459,5 +466,7 @@ def test_scales_below_a_prefix_are_not_left_out_silently(tmp_path, extra):
         tensors.update(inner | {f"model.diffusion_model.{extra}": torch.ones(1)})
 
     path = write_module(tmp_path / "whole.safetensors", Flux1(TINY), change=wrap)
-    with pytest.raises(FileError, match=f"has unknown tensors: model.diffusion_model.{extra}"):
+    with pytest.raises(
+        FileError, match=f"stores numbers with scales .*: model.diffusion_model.{extra}; use the model's bf16"
+    ):
         open_transformer(path, torch.device("cpu"))
