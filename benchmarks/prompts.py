@@ -29,7 +29,7 @@ __all__ = ["Report", "main", "measure", "table"]
 
 MODELS = {"mini": MINI, "mini-schnell": MINI_SCHNELL}
 NATIVE = (128, 128)  # width and height
-OTHER_CANVASES = ((96, 96), (192, 128), (128, 192), (192, 192))
+OTHER_CANVASES = ((96, 96), (112, 144), (192, 128), (128, 192), (192, 192))
 OTHERS_OF = 6  # these are measured on one prompt in so many
 CELL, TOKEN = 8, 16  # pixels that a latent cell, and a transformer's token, stand for
 SEED = 2_026

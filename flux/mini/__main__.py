@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .build import STAGES, Builder
+from .build import FLOW_STAGES, STAGES, Builder
 
 __all__ = ["main"]
 
@@ -31,14 +31,24 @@ def main(arguments: list[str] | None = None) -> int:
         "small text encoders and the encoding of latents stay on the CPU",
     )
     parser.add_argument(
+        "--from-shipped", action="store_true", help="go on from the weights that ship instead of from nothing"
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="compile the transformer's training step (needs a C++ compiler)"
     )
     parser.add_argument("--install", action="store_true", help="put the finished weights in place of the shipped ones")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    builder = Builder(options.folder, options.seed, device, compiled=options.compile, report=_say)
+    builder = Builder(
+        options.folder,
+        options.seed,
+        device,
+        compiled=options.compile,
+        report=_say,
+        from_shipped=options.from_shipped,
+    )
     began = time.monotonic()
-    for stage in options.stage or STAGES:
+    for stage in options.stage or (FLOW_STAGES if options.from_shipped else STAGES):
         start = time.monotonic()
         builder.run(stage)
         _say(f"{stage}: done in {(time.monotonic() - start) / 60:.1f} minutes")

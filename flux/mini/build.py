@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..models.autoencoder import Autoencoder
@@ -30,22 +30,26 @@ from .train_autoencoder import AutoencoderRecipe, pixels_from_bytes, psnr_on_fre
 from .train_flow import FlowRecipe, FrozenEncoders, train_base, train_guided, train_schnell
 from .train_text import TextRecipe, train_text_encoders
 
-__all__ = ["STAGES", "Builder", "preview_factors"]
+__all__ = ["FLOW_STAGES", "STAGES", "Builder", "preview_factors"]
 
-STAGES = ("tokenizer", "autoencoder", "text", "latents", "base", "guided", "schnell")
+FLOW_STAGES = ("latents", "base", "guided", "schnell")
+STAGES = ("tokenizer", "autoencoder", "text", *FLOW_STAGES)
 
 AUTOENCODER = AutoencoderRecipe(joint_steps=1000, decoder_steps=4000)
 TEXT = TextRecipe(steps=900)
-NATIVE_SCENES, OTHER_SCENES = 60_000, 3000
+NATIVE_SCENES, OTHER_SCENES = 60_000, 800
 # What ships was trained in sittings: 290,000 samples on scenes with free places, kept as a start; 4,700 steps on scenes
 # with fewer places, the last 1,900 lowering the learning rate; from their average 8,600 more, 1,700 of them descending,
-# with the times and weights that ``train_flow`` has now; from theirs 1,500, a third of them on other canvases, 1,250
-# descending. From nothing, begin with these numbers.
+# with the times that ``train_flow`` has now; from theirs 1,500, a third of them on nine other canvases, 1,250
+# descending; from the shipped weights of then (``--from-shipped``) 3,400 on 24,000 native scenes and 800 of each
+# of the 48 other canvases, three quarters of the steps on those, 1,700 descending. Distilled of it: 590 guided and 430
+# schnell steps, the last 290 and 130 with half of them native. From nothing, begin with these numbers.
 BASE = {"steps": 14_000, "decay": 4000, "batch": 64, "learning_rate": 2e-3}
-GUIDED = {"steps": 480, "decay": 420, "batch": 64, "learning_rate": 8e-4}
+GUIDED = {"steps": 600, "decay": 500, "batch": 64, "learning_rate": 8e-4}
 SCHNELL = {"steps": 400, "decay": 350, "batch": 64, "learning_rate": 8e-4}
 
 TOKENIZER = "tokenizer.json"
+AVERAGE = "average."  # what averaged weights are called in checkpoints
 LICENCE = "Apache-2.0"
 PREVIEW_SCENES = 64
 PREVIEW_KEY = "preview"
@@ -60,10 +64,24 @@ class Builder:
         device: Where training runs.
         compiled: Whether to compile the transformer's training step.
         report: Told in a line what happens.
+        from_shipped: Whether the base goes on from the weights that ship, with their encoders and autoencoder, instead
+            of beginning from nothing.
     """
 
-    def __init__(self, folder: Path, seed: int, device: str, *, compiled: bool, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        device: str,
+        *,
+        compiled: bool,
+        report: Callable[[str], None],
+        from_shipped: bool = False,
+    ) -> None:
         self.folder, self.seed, self.device, self.compiled, self.report = folder, seed, device, compiled, report
+        self.from_shipped = from_shipped
+        if from_shipped:
+            self._take_shipped_parts()
 
     def run(self, stage: str) -> None:
         """Run one stage, from its checkpoint if there is one.
@@ -128,6 +146,7 @@ class Builder:
         train_base(
             self.folder, self._latents(), self.encoders(), recipe,
             seed=self.seed, device=self.device, report=self.report,
+            start=_shipped("flux1-mini") if self.from_shipped else None,
         )  # fmt: skip
 
     def _guided(self) -> None:
@@ -170,6 +189,12 @@ class Builder:
         model.load_state_dict(self._averaged(stage))
         return model.eval().to(self.device)
 
+    def _take_shipped_parts(self) -> None:
+        """Put the shipped autoencoder and text encoders where their stages would, if those were not run."""
+        for name, prefix in (("ae", AVERAGE), ("t5", ""), ("clip", "")):
+            if not self._path(name).exists():
+                save_checkpoint(self._path(name), {f"{prefix}{key}": value for key, value in _shipped(name).items()})
+
     def _tokenizer_file(self) -> Path:
         """The folder's tokenizer, or, where that stage was not run there, the shipped one."""
         own = self.folder / TOKENIZER
@@ -179,11 +204,15 @@ class Builder:
         return self.folder / f"{name}.safetensors"
 
     def _averaged(self, name: str) -> dict[str, Tensor]:
-        prefix = "average."
-        return {k[len(prefix) :]: v for k, v in self._plain(name).items() if k.startswith(prefix)}
+        return {k[len(AVERAGE) :]: v for k, v in self._plain(name).items() if k.startswith(AVERAGE)}
 
     def _plain(self, name: str) -> dict[str, Tensor]:
         return load_checkpoint(self._path(name))[0]
+
+
+def _shipped(name: str) -> dict[str, Tensor]:
+    """A shipped file's tensors in single precision."""
+    return {key: tensor.float() for key, tensor in load_file(FOLDER / f"{name}.safetensors").items()}
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from .train_autoencoder import pixels_from_bytes
 __all__ = ["CANVASES", "LatentSet", "build_latent_set", "request_of"]
 
 NATIVE = (128, 128)
-OTHERS = ((96, 96), (128, 96), (96, 128), (160, 128), (128, 160), (192, 128), (128, 192), (160, 160), (192, 192))
-CANVASES = (NATIVE, *OTHERS)
+SIDES = range(96, 193, 16)
+# Every canvas that divides into tokens. A word begins at another column on every width, and what a network has not seen
+# there it does not write.
+CANVASES = (NATIVE, *(canvas for canvas in itertools.product(SIDES, SIDES) if canvas != NATIVE))
 ENCODE_BATCH = 32
 
 

@@ -181,7 +181,8 @@ def _lay_out_sign(request: Request, rng: random.Random, width: int, height: int)
     left = cell * math.floor((width / cell - len(word)) / 2)
     if left < 0:
         raise ValueError(f"a canvas of {width}x{height} pixels has no room for {len(word)} letters; use a shorter word")
-    return Scene(width, height, background, sign=Sign(word, colour, left + len(word) * cell / 2, height / 2, scale))
+    middle = cell * math.floor(height / cell / 2)
+    return Scene(width, height, background, sign=Sign(word, colour, left + len(word) * cell / 2, middle, scale))
 
 
 def draw(scene: Scene) -> Image:

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -47,9 +47,9 @@ Report = Callable[[str], None]
 
 EMPTY_SHARE = 0.1
 # How often a scene is drawn, by the number of its objects: the more a prompt names, the more there is to get wrong. A
-# sign (no objects) is one picture for one sentence and needs the least.
-DRAW_WEIGHTS = (1.0, 1.5, 1.5, 2.0)
-OTHER_SIZES_SHARE = 0.35  # of the steps, on a size other than the native one
+# sign (no objects) has its letters at columns that differ with the canvas's width, and needs as much.
+DRAW_WEIGHTS = (2.0, 1.5, 1.5, 2.0)
+OTHER_SIZES_SHARE = 0.75  # of the steps, on one of the 48 sizes other than the native one
 GRADIENT_NORM = 1.0
 TAPPED_BLOCK = 1  # the single block whose image tokens answer questions, about midway
 ANSWERS_WEIGHT = 0.5
@@ -141,11 +141,18 @@ def train_base(
     seed: int,
     device: str,
     report: Report,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Flux1:
-    """Stage 1. Returns the model with averaged weights."""
+    """Stage 1. Returns the model with averaged weights.
+
+    Without ``start``, a state dict to go on from, it begins from nothing.
+    """
     torch.manual_seed(seed)
     model = Flux1(MINI).to(device)
-    initialise(model)
+    if start is None:
+        initialise(model)
+    else:
+        model.load_state_dict(start)
     batches = Batches(data, encoders, recipe.batch, f"base/{seed}")
     head = SceneHead(MINI.hidden).to(device)
     seen: list[Tensor] = []

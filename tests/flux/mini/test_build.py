@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from flux.mini import __main__ as command
 from flux.mini import build, train_autoencoder, train_flow, train_text
-from flux.mini.build import STAGES, preview_factors
+from flux.mini.build import FLOW_STAGES, STAGES, preview_factors
+from flux.mini.files import FOLDER as SHIPPED
 from flux.mini.files import MiniFiles, open_mini
 from flux.mini.train_autoencoder import AutoencoderRecipe, psnr_on_fresh_scenes
 from flux.mini.train_text import TextRecipe
@@ -108,6 +110,25 @@ def test_a_whole_build_installs_files_that_open(short_build, capsys):
         assert opened.autoencoder.spec == MINI_AUTOENCODER
         with opened.transformer.resident() as transformer:
             assert all(bool(parameter.isfinite().all()) for parameter in transformer.parameters())
+
+
+def test_training_goes_on_from_the_shipped_weights(short_build, monkeypatch, capsys):
+    target = short_build / "weights"
+    shutil.copytree(SHIPPED, target)
+    monkeypatch.setitem(build.BASE, "learning_rate", 0.0)
+    folder = short_build / "checkpoints"
+    assert command.main(["--folder", str(folder), "--from-shipped"]) == 0
+    said = capsys.readouterr().out
+    assert [stage for stage in STAGES if f"{stage}: done in" in said] == list(FLOW_STAGES)
+    shipped, (reached, _) = load_file(target / "flux1-mini.safetensors"), load_checkpoint(folder / "base.safetensors")
+    assert all(torch.equal(reached[f"model.{name}"], tensor.float()) for name, tensor in shipped.items())
+
+    again = short_build / "again"
+    build.Builder(folder, 0, "cpu", compiled=False, report=lambda line: None).install(again)
+    for name in ("ae", "t5", "clip"):
+        before, after = (load_file(place / f"{name}.safetensors") for place in (target, again))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_a_stage_that_does_not_exist_is_refused(capsys):

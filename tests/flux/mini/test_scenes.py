@@ -183,6 +183,14 @@ def test_centres_and_words_lie_on_the_autoencoders_cells(canvas):
             assert abs(scene.sign.x - scene.width / 2) <= 8
 
 
+@pytest.mark.parametrize("height", range(96, 193, 16))
+def test_letters_fill_whole_tokens_at_every_height(height):
+    """On an odd number of token rows too, where the middle lies inside a row."""
+    sign = lay_out(Request(word="OPEN"), random.Random(15), 128, height).sign
+    assert sign.y % 16 == 0
+    assert abs(sign.y - height / 2) <= 8
+
+
 def test_each_size_has_one_radius():
     radii = {size: set() for size in ("small", "large")}
     for request, scene in scenes(400, (192, 192), seed=14, sign_share=0):
