@@ -274,8 +274,8 @@ def plan_sigmas(spec: Flux1Spec, request: Request, tokens: int) -> list[float]:
         mu = flux1_mu(tokens)
         if mu > MAX_MU:
             raise UserError(
-                f"a picture of {tokens * GRID**2 / MEGA:.1f} megapixels is larger than the schedule can be shifted for; "
-                f"ask for {flux1_tokens(MAX_MU) * GRID**2 / MEGA:.1f} at most, or give a mu"
+                f"a picture of {tokens * GRID**2 / MEGA:.1f} megapixels is larger than the schedule can be "
+                f"shifted for; ask for {flux1_tokens(MAX_MU) * GRID**2 / MEGA:.1f} at most, or give a mu"
             )
     steps = spec.steps if request.steps is None else request.steps
     return shorten(lambda n: make_schedule(request.schedule, n, mu), steps, request.denoise)
