@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...errors import FileError, MissingFileError
 from ..formats.gguf_blocks import BLOCKS
-from .header import OTHER_STARTS, PICKLE_STARTS, PICKLE_SUFFIXES, TensorEntry
+from .header import OTHER_STARTS, PICKLE_STARTS, PICKLE_SUFFIXES, TensorEntry, check_overlap, fill
 
 __all__ = ["PLAIN_DTYPES", "GgufFile", "LongArray"]
 
@@ -138,7 +138,7 @@ class GgufFile(Mapping[str, TensorEntry]):
         buffer = bytearray(entry.end - entry.start)
         if not buffer:
             return torch.empty(entry.shape if dtype else (0, shape[1]), dtype=dtype or torch.uint8)
-        self._fill(buffer, self.data_start + entry.start, f"tensor {name}")
+        fill(self.path, buffer, self.data_start + entry.start, f"tensor {name}")
         return torch.frombuffer(buffer, dtype=dtype or torch.uint8).view(shape)
 
     def array(self, key: str) -> tuple[object, ...]:
@@ -158,19 +158,6 @@ class GgufFile(Mapping[str, TensorEntry]):
                 cursor = _Cursor(self.path, file)
                 cursor.skip(value.start, "the header")
                 return _read_items(cursor, value.kind, value.count, f"field {key!r}")
-        except OSError as error:
-            raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
-
-    def _fill(self, buffer: bytearray, offset: int, what: str) -> None:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                view, done = memoryview(buffer), 0
-                while done < len(buffer):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise FileError(f"{self.path.name} ended while {what} was read; was it replaced meanwhile?")
-                    done += count
         except OSError as error:
             raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
 
@@ -245,7 +232,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, object], dict[str, TensorEn
     entries = {
         name: _entry(cursor, name, row, _shape(cursor, name, row, fields), room, alignment) for name, row in raw.items()
     }
-    _check_overlap(cursor.name, entries)
+    check_overlap(cursor.name, entries)
     return fields, entries, data_start
 
 
@@ -417,11 +404,3 @@ def _entry(cursor: _Cursor, name: str, row: Row, shape: tuple[int, ...], room: i
     if start % alignment:
         raise cursor.refuse(f"tensor {name!r} begins at byte {start}, not at a multiple of {alignment}")
     return TensorEntry(TYPES[kind], shape, start, end)
-
-
-def _check_overlap(file_name: str, entries: Mapping[str, TensorEntry]) -> None:
-    last_end, last_name = 0, ""
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.start < last_end:
-            raise FileError(f"{file_name}: tensors {last_name!r} and {name!r} overlap; download the file again")
-        last_end, last_name = entry.end, name

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import FileError, MissingFileError
 
-__all__ = ["ITEM_BITS", "SafetensorsHeader", "TensorEntry"]
+__all__ = ["ITEM_BITS", "SafetensorsHeader", "TensorEntry", "check_overlap", "fill"]
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
     header, metadata = _parse(path, raw)
     start = LENGTH_BYTES + len(raw)
     entries = {name: _entry(path, name, value, size - start) for name, value in header.items()}
-    _check_overlap(path, entries)
+    check_overlap(path.name, entries)
     return entries, metadata, start
 
 
@@ -189,9 +189,33 @@ def _parsed_entry(value: object) -> TensorEntry | None:
     return TensorEntry(dtype, tuple(shape), span[0], span[1])
 
 
-def _check_overlap(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+def fill(path: Path, buffer: bytearray, offset: int, what: str) -> None:
+    """Read a file's bytes from ``offset`` on until ``buffer`` is full; ``what`` they are, messages say.
+
+    Raises:
+        FileError: The file ends before, or cannot be read any more.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            view, done = memoryview(buffer), 0
+            while done < len(buffer):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise FileError(f"{path.name} ended while {what} was read; was it replaced meanwhile?")
+                done += count
+    except OSError as error:
+        raise FileError(f"{path} cannot be read any more: {error.strerror}; is it still there?") from error
+
+
+def check_overlap(file_name: str, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse tensors that share bytes.
+
+    Raises:
+        FileError: Two do; the message names them.
+    """
     last_end, last_name = 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start < last_end:
-            raise FileError(f"{path.name}: tensors {last_name!r} and {name!r} overlap; download the file again")
+            raise FileError(f"{file_name}: tensors {last_name!r} and {name!r} overlap; download the file again")
         last_end, last_name = entry.end, name

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError
-from .header import SafetensorsHeader, TensorEntry
+from .header import SafetensorsHeader, TensorEntry, fill
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorEntry"]
 
@@ -42,23 +42,8 @@ class SafetensorsFile(SafetensorsHeader):
                 "use the model's bf16 release"
             )
         buffer = bytearray(entry.end - entry.start)
-        self._fill(buffer, self.data_start + entry.start, name)
+        fill(self.path, buffer, self.data_start + entry.start, f"tensor {name}")
         dtype = DTYPES[entry.dtype]
         if not buffer:
             return torch.empty(entry.shape, dtype=dtype)
         return torch.frombuffer(buffer, dtype=dtype).view(entry.shape)
-
-    def _fill(self, buffer: bytearray, offset: int, name: str) -> None:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                view, done = memoryview(buffer), 0
-                while done < len(buffer):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise FileError(
-                            f"{self.path.name} ended while tensor {name} was read; was it replaced meanwhile?"
-                        )
-                    done += count
-        except OSError as error:
-            raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
