@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DATA", "Decode", "Format", "Parts"]
+__all__ = ["DATA", "Decode", "Format", "Parts", "PickRows", "Product"]
 
 DATA = "data"  # the role of the packed numbers themselves; companions have roles of their own
 
 Parts = Mapping[str, Tensor]
 Decode = Callable[[Parts, tuple[int, ...], torch.dtype], Tensor]
+Product = Callable[[Parts, Tensor, "Tensor | None"], "Tensor | None"]
+PickRows = Callable[[Parts, tuple[int, ...], Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,11 @@ class Format:
             floating-point type that they become. Computes in fp32 and rounds once.
         companions: Roles that must be there beside ``DATA``.
         optional: Roles that may be there.
+        rows: ``rows(parts, shape, places)``: the tensors by role of these rows alone, in this order, still packed. None
+            where rows cannot be told apart.
+        pads: Whether rows and columns may be filled up to whole blocks; ``decode`` takes the shape without.
+        product: ``product(parts, x, bias)``: ``x (M, K) @ W.T + bias`` in the stored format; gives None where the
+            device has no units for it. None where there is no such product.
     """
 
     name: str
@@ -40,3 +47,6 @@ class Format:
     decode: Decode
     companions: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    rows: PickRows | None = None
+    pads: bool = False
+    product: Product | None = None

@@ -51,6 +51,7 @@ BLOCK, NESTED_BLOCK = 64, 256
 CODES = 16
 BLOCKS = frozenset(2**power for power in range(5, 13))  # 32 to 4096, what bitsandbytes offers
 MAX_RANK = 8
+MAX_NUMBERS = 1 << 48  # that sides multiply to, 0 left out: torch does the same within 64 bits
 MAX_OFFSET = 1e30  # as absurd as a scale
 
 NF4_VALUES = (
@@ -130,6 +131,8 @@ def parse_state(state: Mapping[str, Any]) -> QuantState | None:
         return None
     if len(shape) > MAX_RANK or not all(type(side) is int and side >= 0 for side in shape):
         return None
+    if math.prod(side or 1 for side in shape) > MAX_NUMBERS:
+        return None
     found = QuantState(kind=kind, shape=tuple(shape), block=block)
     if "nested_blocksize" not in state:
         return found
@@ -158,12 +161,16 @@ def encode_nf4(numbers: Tensor, dtype: torch.dtype = torch.bfloat16) -> dict[str
     """
     flat = require_finite(numbers).reshape(-1)
     table = torch.tensor(NF4_VALUES)
-    coded = [_encode_slab(slab.float(), table) for slab in torch.split(flat, SLAB)]
+    count = flat.numel()
+    data, absmax = torch.empty(-(-count // 2), dtype=torch.uint8), torch.empty(-(-count // BLOCK))
+    for start in range(0, count, SLAB):
+        own = _encode_slab(flat[start : start + SLAB].float(), table)
+        data[start // 2 :][: len(own[0])], absmax[start // BLOCK :][: len(own[1])] = own
     state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": str(dtype).removeprefix("torch.")}
     text = json.dumps({**state, "shape": list(numbers.shape)})
     return {
-        DATA: torch.cat([data for data, _ in coded]).view(-1, 1),
-        ABSMAX: torch.cat([absmax for _, absmax in coded]),
+        DATA: data.view(-1, 1),
+        ABSMAX: absmax,
         QUANT_MAP: table,
         QUANT_STATE: torch.tensor(list(text.encode()), dtype=torch.uint8),
     }

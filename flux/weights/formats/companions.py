@@ -12,13 +12,11 @@ numbers'. The only tensors that are read are small JSON texts. Names, with ``lay
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ...errors import FileError
@@ -26,8 +24,25 @@ from . import bnb, fp4, scaled
 from .base import DATA, Format, Parts
 from .chunks import as_bytes
 from .floats import PLAIN
+from .naming import (
+    BNB_PARTS,
+    BNB_STATE,
+    COMFY_QUANT,
+    INPUT_SCALES,
+    PRE_QUANT_SCALE,
+    SCALES,
+    TENSOR_SCALE,
+    WEIGHT,
+    comfy_quant,
+    companion_names,
+    owner_of,
+)
+from .quant_json import AGAIN, MAX_JSON_BYTES, METADATA, Config, metadata_layers, names_format, read_json
 
-__all__ = ["HasShapeAndDtype", "Stored", "check_scales", "comfy_quant", "companion_names", "storage_of"]
+__all__ = [
+    "MAX_JSON_BYTES", "METADATA", "HasShapeAndDtype", "Stored", "check_scales", "comfy_quant", "companion_names",
+    "storage_of",
+]  # fmt: skip
 
 
 class HasShapeAndDtype(Protocol):
@@ -59,25 +74,12 @@ class Stored:
 
 
 Tensors = Mapping[str, HasShapeAndDtype]
-Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 
-MAX_JSON_BYTES = 64 * 1024
-MAX_METADATA_CHARACTERS = 16 * 1024 * 1024
-METADATA = "_quantization_metadata"
 FP8_MARKER = "scaled_fp8"
 FULL_PRECISION_MARKER = 2  # elements of the marker that ask for products in full precision
 NESTED_CODES = 256
 
-WEIGHT = ".weight"
-SCALES = ("weight_scale", "scale_weight")  # new style, old style
-INPUT_SCALES = ("input_scale", "scale_input")
-TENSOR_SCALE, PRE_QUANT_SCALE, COMFY_QUANT = "weight_scale_2", "pre_quant_scale", "comfy_quant"
-BESIDE_WEIGHT = frozenset({*SCALES, *INPUT_SCALES, TENSOR_SCALE, PRE_QUANT_SCALE, COMFY_QUANT})
-BNB_PARTS = frozenset({bnb.ABSMAX, bnb.QUANT_MAP, bnb.NESTED_ABSMAX, bnb.NESTED_MAP})
-BNB_STATE = ".quant_state.bitsandbytes__"
-
-AGAIN = "download the file again"
 WAY_OUT = "use the model's bf16, fp8 or GGUF release"
 FOREIGN_PARTS = {
     "weight_scale_inv": "belongs to fp8 with a scale for each square block",
@@ -94,6 +96,7 @@ FOREIGN_FORMATS = {
     "awq_w4a16": "AWQ's four bits, laid out for one kernel",
 }
 
+JSON_PARTS = frozenset({COMFY_QUANT, bnb.QUANT_STATE})
 SCALE_DTYPES = ("F32", "F16", "BF16")
 SINGLE: tuple[Shape, ...] = ((), (1,))
 E4M3_OR_BYTES, E8M0_OR_BYTES = ("F8_E4M3", "U8"), ("F8_E8M0", "U8")  # older files keep small floats in bytes
@@ -123,6 +126,9 @@ class _File:
     def describe(self, tensor: str) -> str:
         entry = self.tensors[tensor]
         return f"{entry.dtype} {list(entry.shape)}"
+
+    def json(self, tensor: str) -> dict[str, Any]:
+        return read_json(tensor, self.tensors[tensor], self.read, self.name)
 
     @functools.cached_property
     def dialect_by_shapes(self) -> str | None:
@@ -185,6 +191,12 @@ class _Layer:
         input_scale = self.one_of(INPUT_SCALES)
         if input_scale is not None:
             self.check(input_scale, SCALE_DTYPES, *SINGLE)
+        used = {input_scale, *(names or {}).values()}
+        foreign = [name for word, name in self.parts.items() if name not in used and word not in JSON_PARTS]
+        if foreign:
+            raise self.refusal(
+                f"is {self}, read as {row.name}, with {foreign[0]} beside it, which does not belong there; {WAY_OUT}"
+            )
         return Stored(
             format=row,
             shape=self.shape if shape is None else shape,
@@ -226,7 +238,7 @@ def storage_of(
         read=read,
         name=file,
         owned=owned,
-        layers=_metadata_layers(metadata, file),
+        layers=metadata_layers(metadata, file),
         is_comfyui=METADATA in metadata or any(COMFY_QUANT in parts for parts in owned.values()),
         full_precision=tuple(m.removesuffix(FP8_MARKER) for m in markers if _asks_full_precision(tensors, m, file)),
         dialect=nvfp4_dialect,
@@ -240,7 +252,7 @@ def _group(tensors: Tensors, file: str) -> tuple[dict[str, dict[str, str]], list
     markers: list[str] = []
     companions: set[str] = set()
     for name in tensors:
-        owner, word = _owner(name)
+        owner, word = owner_of(name)
         if word in FOREIGN_PARTS:
             raise FileError(f"{file}: tensor {name} {FOREIGN_PARTS[word]}, which is not read here; {WAY_OUT}")
         if word == FP8_MARKER:
@@ -254,18 +266,6 @@ def _group(tensors: Tensors, file: str) -> tuple[dict[str, dict[str, str]], list
             owned.setdefault(owner, {})[word] = name
         companions.add(name)
     return owned, markers, companions
-
-
-def _owner(name: str) -> tuple[str | None, str]:
-    """Whose companion a tensor is by its name, None for nobody's, and its last word."""
-    head, _, word = name.rpartition(".")
-    if word in BESIDE_WEIGHT and head:
-        return head + WEIGHT, word
-    if word in BNB_PARTS and head.endswith(WEIGHT):
-        return head, word
-    if BNB_STATE in name:
-        return name.partition(BNB_STATE)[0], bnb.QUANT_STATE
-    return None, word
 
 
 def _asks_full_precision(tensors: Tensors, marker: str, file: str) -> bool:
@@ -354,8 +354,8 @@ def _rotation_group(layer: _Layer) -> int | None:
     columns = layer.shape[1] if len(layer.shape) == 2 else 0
     if turned is not True or type(group) is not int or not columns or not scaled.is_rotation_group(group, columns):
         raise layer.refusal(
-            f"is {layer}, rotated (convrot is {str(turned)[:20]}) in groups of {str(group)[:20]} columns by the file's "
-            f"JSON, but a power of 4 that divides a matrix's columns is needed; {AGAIN}, or {WAY_OUT}"
+            f"is {layer}, rotated (convrot is {str(turned)[:20]!r}) in groups of {str(group)[:20]!r} columns by the "
+            f"file's JSON, but a power of 4 that divides a matrix's columns is needed; {AGAIN}, or {WAY_OUT}"
         )
     return group
 
@@ -437,7 +437,7 @@ CONFIG_FORMATS: dict[str, tuple[str, Callable[[_Layer], Stored]]] = {
 def _bnb(layer: _Layer) -> Stored:
     file = layer.file
     state_name = layer.needed(f"weight.{bnb.QUANT_STATE}", bnb.QUANT_STATE, what="of bitsandbytes' four bits")
-    table = _read_json(file, state_name)
+    table = file.json(state_name)
     state = bnb.parse_state(table)
     if state is None or not state_name.endswith(BNB_STATE + state.kind):
         raise file.refusal(state_name, f"is no quant_state of nf4 or fp4: {str(table)[:200]}; {AGAIN}, or {WAY_OUT}")
@@ -456,67 +456,19 @@ def _bnb(layer: _Layer) -> Stored:
     return layer.stored(state.format, names, state.shape)
 
 
-def _metadata_layers(metadata: Mapping[str, str], file: str) -> dict[str, Config]:
-    """The layers of the header's ``_quantization_metadata``."""
-    text = metadata.get(METADATA)
-    if text is None:
-        return {}
-    if len(text) > MAX_METADATA_CHARACTERS:
-        raise FileError(f"{file}: {METADATA} has {len(text)} characters, which is absurd; {AGAIN}")
-    layers = _parse(text, f"{file}: {METADATA}").get("layers", {})
-    if not isinstance(layers, dict) or not all(_names_format(config) for config in layers.values()):
-        raise FileError(f"{file}: {METADATA} is no table of layers and their formats; {AGAIN}")
-    return layers
-
-
-def _names_format(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("format"), str)
-
-
 def _config(file: _File, name: str, parts: Mapping[str, str]) -> Config | None:
     """What JSON the file has for a tensor, in the header or beside it."""
     from_header = file.layers.get(name.removesuffix(WEIGHT)) if name.endswith(WEIGHT) else None
     if COMFY_QUANT not in parts:
         return from_header
-    beside = _read_json(file, parts[COMFY_QUANT])
-    if not _names_format(beside):
+    beside = file.json(parts[COMFY_QUANT])
+    if not names_format(beside):
         raise file.refusal(parts[COMFY_QUANT], f"names no format; {AGAIN}")
     if from_header is not None and from_header != beside:
         raise file.refusal(
             parts[COMFY_QUANT], f"says {str(beside)[:200]}, but {METADATA} {str(from_header)[:200]}; {AGAIN}"
         )
     return beside
-
-
-def _read_json(file: _File, name: str) -> dict[str, Any]:
-    """A tensor's bytes as a JSON table, its size checked before it is read."""
-    entry = file.tensors[name]
-    if entry.dtype != "U8" or len(entry.shape) != 1 or entry.shape[0] > MAX_JSON_BYTES:
-        raise file.refusal(
-            name, f"is {file.describe(name)}, not a JSON text of at most {MAX_JSON_BYTES} bytes; {AGAIN}"
-        )
-    return _parse(file.read(name).numpy().tobytes(), f"{file.name}: tensor {name}")
-
-
-def _parse(text: str | bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{what} is not JSON ({str(error)[:200]}); {AGAIN}") from error
-    if not isinstance(value, dict):
-        raise FileError(f"{what} is not a JSON table; {AGAIN}")
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name stands twice in it")
-    return table
-
-
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not a number")
 
 
 MAX_SCALE = 1e30  # no network comes near it, and fp8's 448 times it is still within fp32
@@ -558,34 +510,3 @@ def _fault(role: str, part: Tensor) -> str | None:
     if low < 0 and role not in ANY_SIGN:
         return f"a negative value ({low:g})"
     return f"an absurd value ({low:g} to {high:g})" if max(-low, high) > MAX_SCALE else None
-
-
-ROLE_NAMES = {
-    scaled.SCALE: SCALES[0],
-    fp4.BLOCK_SCALE: SCALES[0],
-    fp4.BLOCK_EXPONENT: SCALES[0],
-    fp4.TENSOR_SCALE: TENSOR_SCALE,
-    fp4.PRE_QUANT_SCALE: PRE_QUANT_SCALE,
-}
-COMFY_NAMES = {
-    scaled.FP8_E4M3FN_SCALED.name: "float8_e4m3fn",
-    scaled.FP8_E5M2_SCALED.name: "float8_e5m2",
-    scaled.INT8.name: "int8_tensorwise",
-    scaled.INT8_PER_ROW.name: "int8_tensorwise",
-    fp4.MXFP8.name: "mxfp8",
-    fp4.NVFP4.name: "nvfp4",
-}
-
-
-def companion_names(weight: str, row: Format, roles: Iterable[str]) -> dict[str, str]:
-    """Under which names a writer puts the parts of ``weight`` ("….weight"), by role."""
-    layer = weight.removesuffix(WEIGHT)
-    names = {role: f"{layer}.{ROLE_NAMES[role]}" if role in ROLE_NAMES else f"{weight}.{role}" for role in roles}
-    fixed = {DATA: weight, bnb.QUANT_STATE: f"{weight}{BNB_STATE}{row.name}"}
-    return {role: fixed.get(role, name) for role, name in names.items()}
-
-
-def comfy_quant(row: Format) -> Tensor | None:
-    """The bytes of a layer's ``comfy_quant`` tensor; None for rows that ComfyUI has no name for."""
-    name = COMFY_NAMES.get(row.name)
-    return None if name is None else torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)

@@ -8,6 +8,7 @@ as there, and every decoder here takes fp8 as bytes too.
 from __future__ import annotations
 
 import functools
+import math
 from functools import partial
 
 import torch
@@ -30,11 +31,15 @@ __all__ = [
     "encode_fp16",
     "for_device",
     "fp8_table",
+    "magnitude",
+    "pick_rows",
     "require_finite",
+    "take_rows",
     "widen_fp8",
 ]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3_MAX = 448.0
 ONE_BYTE_FLOATS = frozenset({E4M3, E5M2, torch.float8_e8m0fnu})
 WITHOUT_FP8 = frozenset({"mps"})  # device types without fp8 and fp64
 BY_TABLE = WITHOUT_FP8 | {"cpu"}  # where a look-up beats torch's own cast, or is the only way
@@ -90,12 +95,25 @@ def _decode_fp8(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, *, kin
     return widen_fp8(parts[DATA], kind, dtype).view(shape)
 
 
-F32 = Format(name="F32", bits=32, decode=_decode_plain)
-F16 = Format(name="F16", bits=16, decode=_decode_plain)
-BF16 = Format(name="BF16", bits=16, decode=_decode_plain)
-F64 = Format(name="F64", bits=64, decode=_decode_plain)
-FP8_E4M3FN = Format(name="fp8_e4m3fn", bits=8, decode=partial(_decode_fp8, kind=E4M3))
-FP8_E5M2 = Format(name="fp8_e5m2", bits=8, decode=partial(_decode_fp8, kind=E5M2))
+def pick_rows(parts: Parts, shape: tuple[int, ...], places: Tensor) -> dict[str, Tensor]:
+    """Rows whose numbers stand by themselves; companions are for the whole tensor."""
+    del shape
+    return {**parts, DATA: take_rows(parts[DATA], places)}
+
+
+def take_rows(data: Tensor, places: Tensor) -> Tensor:
+    """Some rows of a stored tensor; torch does not gather fp8, so that it is gathered as bytes."""
+    if data.dtype in ONE_BYTE_FLOATS:
+        return as_bytes(data)[places].view(data.dtype)
+    return data[places]
+
+
+F32 = Format(name="F32", bits=32, decode=_decode_plain, rows=pick_rows)
+F16 = Format(name="F16", bits=16, decode=_decode_plain, rows=pick_rows)
+BF16 = Format(name="BF16", bits=16, decode=_decode_plain, rows=pick_rows)
+F64 = Format(name="F64", bits=64, decode=_decode_plain, rows=pick_rows)
+FP8_E4M3FN = Format(name="fp8_e4m3fn", bits=8, decode=partial(_decode_fp8, kind=E4M3), rows=pick_rows)
+FP8_E5M2 = Format(name="fp8_e5m2", bits=8, decode=partial(_decode_fp8, kind=E5M2), rows=pick_rows)
 
 WHOLE_BITS = {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}  # position ids, tokenizers, switches
 
@@ -116,13 +134,19 @@ PLAIN: dict[str, Format] = {
 """The same for all numbers without companions."""
 
 
+def magnitude(numbers: Tensor, dim: int | None = None) -> Tensor:
+    """The largest magnitude, of all or along a dimension; NaN where there is one. Nothing of the tensor is copied."""
+    low, high = numbers.aminmax() if dim is None else numbers.aminmax(dim=dim)
+    return torch.maximum(high, -low)
+
+
 def require_finite(numbers: Tensor) -> Tensor:
     """The numbers themselves.
 
     Raises:
         UserError: There are NaNs or infinities among them, which no format is to carry on.
     """
-    if not bool(torch.isfinite(numbers).all()):
+    if numbers.numel() and not math.isfinite(magnitude(numbers).item()):
         raise UserError("the tensor has numbers that are not finite, so the file is damaged; use another copy of it")
     return numbers
 
@@ -147,9 +171,7 @@ def encode_fp16(numbers: Tensor) -> dict[str, Tensor]:
 
 def _narrow(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     narrowed = require_finite(numbers).to(dtype)
-    if not bool(torch.isfinite(narrowed).all()):
-        largest, name = numbers.abs().max().item(), str(dtype).removeprefix("torch.")
-        raise UserError(
-            f"{name} ends at {torch.finfo(dtype).max:g}, but the tensor has {largest:g}; choose another type"
-        )
+    if narrowed.numel() and not math.isfinite(magnitude(narrowed).item()):
+        found, name = magnitude(numbers).item(), str(dtype).removeprefix("torch.")
+        raise UserError(f"{name} ends at {torch.finfo(dtype).max:g}, but the tensor has {found:g}; choose another type")
     return narrowed

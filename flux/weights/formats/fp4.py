@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from torch.nn import functional as F
 
 from .base import DATA, Format, Parts
 from .chunks import BYTE_VALUES, as_bytes, look_up
-from .floats import E4M3, require_finite, widen_fp8
-from .scaled import E4M3_MAX, in_slabs
+from .floats import E4M3, E4M3_MAX, magnitude, require_finite, widen_fp8
+from .products import kitchen, mxfp8_product, nvfp4_product
+from .roles import BLOCK_EXPONENT, BLOCK_SCALE, PRE_QUANT_SCALE, TENSOR_SCALE
+from .scaled import in_slabs
 
 __all__ = [
     "BLOCK_EXPONENT",
@@ -41,11 +44,6 @@ __all__ = [
     "to_blocked",
 ]
 
-BLOCK_SCALE = "block_scale"  # e4m3 or its bytes
-BLOCK_EXPONENT = "block_exponent"  # e8m0 or its bytes: 2^(byte - 127)
-TENSOR_SCALE = "tensor_scale"  # fp32, one number
-PRE_QUANT_SCALE = "pre_quant_scale"  # (K,): inputs are to be multiplied by it, so the decoder multiplies columns
-
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
 SIGN = 8  # the sign's bit in a four-bit code
@@ -54,6 +52,7 @@ UPWARD_TIES = (1, 3, 5)
 
 NVFP4_BLOCK, NVFP4_PAD = 16, 16  # ComfyUI pads rows and columns to multiples
 MXFP8_BLOCK, MXFP8_PAD = 32, 32
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_ROWS, TILE_COLUMNS, TILE_GROUP = 128, 4, 32
 E8M0_BIAS, E8M0_NAN = 127, 255
 
@@ -97,9 +96,33 @@ def _powers(device: str) -> Tensor:
         return torch.tensor([*powers, math.nan]).view(-1, 1).to(device)
 
 
+def _by_kernel(parts: Parts, wanted: torch.dtype) -> ModuleType | None:
+    """comfy-kitchen, where it is installed and the numbers are on a CUDA device in a type that it writes."""
+    return kitchen() if parts[DATA].is_cuda and wanted in KERNEL_DTYPES else None
+
+
+def _kernel_nvfp4(kernels: ModuleType, parts: Parts, dtype: torch.dtype) -> Tensor:
+    """nvfp4 in ComfyUI's dialect, padding included, by comfy-kitchen."""
+    scales = parts[BLOCK_SCALE].view(E4M3)
+    out: Tensor = kernels.dequantize_nvfp4(
+        as_bytes(parts[DATA]), parts[TENSOR_SCALE].float().reshape(()), scales, dtype
+    )
+    return out
+
+
+def _kernel_mxfp8(kernels: ModuleType, parts: Parts, dtype: torch.dtype) -> Tensor:
+    """mxfp8, padding included, by comfy-kitchen."""
+    exponents = parts[BLOCK_EXPONENT].view(torch.float8_e8m0fnu)
+    out: Tensor = kernels.dequantize_mxfp8(parts[DATA].view(E4M3), exponents, dtype)
+    return out
+
+
 def _decode_nvfp4(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, *, comfyui: bool) -> Tensor:
     """``shape`` may be smaller than what is stored, which may be padded."""
     rows, columns = shape
+    kernels = _by_kernel(parts, dtype) if comfyui and PRE_QUANT_SCALE not in parts else None
+    if kernels is not None:
+        return _kernel_nvfp4(kernels, parts, dtype)[:rows, :columns].contiguous()
     data = as_bytes(parts[DATA])
     stored_columns = 2 * data.shape[1]
     blocks = stored_columns // NVFP4_BLOCK
@@ -116,6 +139,9 @@ def _decode_nvfp4(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, *, c
 def _decode_mxfp8(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``shape`` may be smaller than what is stored, which may be padded."""
     rows, columns = shape
+    kernels = _by_kernel(parts, dtype)
+    if kernels is not None:
+        return _kernel_mxfp8(kernels, parts, dtype)[:rows, :columns].contiguous()
     data = parts[DATA]
     exponents = from_blocked(parts[BLOCK_EXPONENT], rows, data.shape[1] // MXFP8_BLOCK)
     scales = look_up(exponents, _powers(str(data.device)), torch.float32)
@@ -129,6 +155,8 @@ NVFP4 = Format(
     decode=partial(_decode_nvfp4, comfyui=True),
     companions=(BLOCK_SCALE, TENSOR_SCALE),
     optional=(PRE_QUANT_SCALE,),
+    pads=True,
+    product=nvfp4_product,
 )
 NVFP4_LINEAR = Format(
     name="nvfp4 linear",
@@ -136,8 +164,16 @@ NVFP4_LINEAR = Format(
     decode=partial(_decode_nvfp4, comfyui=False),
     companions=(BLOCK_SCALE, TENSOR_SCALE),
     optional=(PRE_QUANT_SCALE,),
+    pads=True,
 )
-MXFP8 = Format(name="mxfp8", bits=8 + 8 / MXFP8_BLOCK, decode=_decode_mxfp8, companions=(BLOCK_EXPONENT,))
+MXFP8 = Format(
+    name="mxfp8",
+    bits=8 + 8 / MXFP8_BLOCK,
+    decode=_decode_mxfp8,
+    companions=(BLOCK_EXPONENT,),
+    pads=True,
+    product=mxfp8_product,
+)
 
 
 def encode_nvfp4(numbers: Tensor) -> dict[str, Tensor]:
@@ -153,7 +189,7 @@ def encode_nvfp4(numbers: Tensor) -> dict[str, Tensor]:
         UserError: A number is not finite.
     """
     blocks = _blocks(_padded(numbers, NVFP4_PAD), NVFP4_BLOCK)
-    amax = require_finite(blocks.abs().amax(-1)).float()
+    amax = require_finite(magnitude(blocks, -1)).float()
     tensor_scale = amax.max() / (E4M3_MAX * E2M1_MAX) if amax.any() else torch.ones(())
     block_scales = (amax / E2M1_MAX / tensor_scale).clamp_(max=E4M3_MAX).to(E4M3)
     scales = block_scales.float() * tensor_scale
@@ -176,7 +212,7 @@ def encode_mxfp8(numbers: Tensor) -> dict[str, Tensor]:
         UserError: A number is not finite.
     """
     blocks = _blocks(_padded(numbers, MXFP8_PAD), MXFP8_BLOCK)
-    amax = require_finite(blocks.abs().amax(-1)).float()
+    amax = require_finite(magnitude(blocks, -1)).float()
     mantissa, exponent = torch.frexp(amax / E4M3_MAX)  # mantissa in [0.5, 1): 0.5 is a power of two already
     exponent = (exponent - (mantissa == 0.5).int()).clamp_(-E8M0_BIAS, E8M0_BIAS)
     exponent = torch.where(amax > 0, exponent, torch.full_like(exponent, -E8M0_BIAS))
@@ -187,6 +223,8 @@ def encode_mxfp8(numbers: Tensor) -> dict[str, Tensor]:
 
 def _padded(numbers: Tensor, multiple: int) -> Tensor:
     rows, columns = numbers.shape
+    if rows % multiple == columns % multiple == 0:
+        return numbers.contiguous()
     return F.pad(numbers, (0, -columns % multiple, 0, -rows % multiple))
 
 

@@ -173,9 +173,15 @@ def _at_words(data: Tensor) -> Tensor:
     return data.clone() if data.storage_offset() % WORD else data
 
 
+def _pick_rows(block: int, parts: Parts, shape: tuple[int, ...], places: Tensor) -> dict[str, Tensor]:
+    """Rows of whole blocks of ``block`` bytes."""
+    return {DATA: parts[DATA].view(shape[0], -1)[places].view(-1, block)}
+
+
 def _row(name: str) -> Format:
     block = BLOCKS[name]
-    return Format(name=name, bits=block.bytes * BITS / block.values, decode=partial(_decode, name))
+    bits = block.bytes * BITS / block.values
+    return Format(name=name, bits=bits, decode=partial(_decode, name), rows=partial(_pick_rows, block.bytes))
 
 
 GGUF_FORMATS: dict[str, Format] = {name: _row(name) for name in UNPACKS}

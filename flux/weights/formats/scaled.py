@@ -15,9 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .base import DATA, Format, Parts
+from .base import DATA, Decode, Format, Parts, Product
 from .chunks import cast, scale_runs
-from .floats import E4M3, E5M2, require_finite, widen_fp8
+from .floats import E4M3, E4M3_MAX, E5M2, magnitude, pick_rows, require_finite, take_rows, widen_fp8
+from .products import fp8_product
+from .roles import SCALE
 
 __all__ = [
     "FP8_E4M3FN_SCALED",
@@ -34,13 +36,10 @@ __all__ = [
     "is_rotation_group",
 ]
 
-SCALE = "scale"  # fp32, one number, or one for each row
-
-E4M3_MAX = 448.0
 INT8_MAX = 127.0
 ROTATION_BASE = 4
 LARGEST_ROTATION = 4096  # columns in a group
-SLAB = 1 << 22  # numbers that an encoder holds in fp32 at a time
+SLAB = 1 << 20  # numbers that an encoder holds in fp32 at a time
 
 
 def _scales(parts: Parts) -> Tensor:
@@ -48,7 +47,7 @@ def _scales(parts: Parts) -> Tensor:
 
 
 def _row_length(shape: tuple[int, ...], data: Tensor) -> int:
-    return data.numel() // max(1, shape[0]) if shape else 1
+    return max(1, data.numel() // max(1, shape[0])) if shape else 1
 
 
 def _decode_fp8(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, *, kind: torch.dtype) -> Tensor:
@@ -84,14 +83,21 @@ def is_rotation_group(group: int, columns: int) -> bool:
     return group in powers and columns % group == 0
 
 
-FP8_E4M3FN_SCALED = Format(
-    name="fp8_e4m3fn scaled", bits=8, decode=partial(_decode_fp8, kind=E4M3), companions=(SCALE,)
-)
-FP8_E5M2_SCALED = Format(name="fp8_e5m2 scaled", bits=8, decode=partial(_decode_fp8, kind=E5M2), companions=(SCALE,))
-FP8_PER_ROW = Format(name="fp8 per row", bits=8, decode=partial(_decode_fp8, kind=E4M3), companions=(SCALE,))
-FP8_E5M2_PER_ROW = Format(name="fp8_e5m2 per row", bits=8, decode=partial(_decode_fp8, kind=E5M2), companions=(SCALE,))
-INT8 = Format(name="int8", bits=8, decode=_decode_int8, companions=(SCALE,))
-INT8_PER_ROW = Format(name="int8 per row", bits=8, decode=_decode_int8, companions=(SCALE,))
+def _pick_rows_and_scales(parts: Parts, shape: tuple[int, ...], places: Tensor) -> dict[str, Tensor]:
+    return {**pick_rows(parts, shape, places), SCALE: take_rows(parts[SCALE], places)}
+
+
+def _scaled(name: str, decode: Decode, *, per_row: bool = False, product: Product | None = None) -> Format:
+    rows = _pick_rows_and_scales if per_row else pick_rows
+    return Format(name=name, bits=8, decode=decode, companions=(SCALE,), rows=rows, product=product)
+
+
+FP8_E4M3FN_SCALED = _scaled("fp8_e4m3fn scaled", partial(_decode_fp8, kind=E4M3), product=fp8_product)
+FP8_E5M2_SCALED = _scaled("fp8_e5m2 scaled", partial(_decode_fp8, kind=E5M2), product=fp8_product)
+FP8_PER_ROW = _scaled("fp8 per row", partial(_decode_fp8, kind=E4M3), per_row=True, product=fp8_product)
+FP8_E5M2_PER_ROW = _scaled("fp8_e5m2 per row", partial(_decode_fp8, kind=E5M2), per_row=True, product=fp8_product)
+INT8 = _scaled("int8", _decode_int8)
+INT8_PER_ROW = _scaled("int8 per row", _decode_int8, per_row=True)
 
 
 @functools.cache
@@ -152,8 +158,7 @@ def _rows_and_scale(numbers: Tensor, largest: float, per_row: bool) -> tuple[Ten
         rows = numbers.reshape(-1, 1)
     if not rows.numel():
         return rows, torch.ones(len(rows) if per_row else 1, 1)
-    low, high = rows.aminmax(dim=1, keepdim=True)
-    amax = require_finite(torch.maximum(high, -low)).float()
+    amax = require_finite(magnitude(rows, 1)).float().view(-1, 1)
     if not per_row:
         amax = amax.amax(0, keepdim=True)
     scale = amax / largest
@@ -163,5 +168,9 @@ def _rows_and_scale(numbers: Tensor, largest: float, per_row: bool) -> tuple[Ten
 def in_slabs(rows: Tensor, scales: Tensor, encode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """``encode(rows in fp32, their scales)`` some rows at a time, so that fp32 is never held for a whole tensor."""
     step = max(1, SLAB // max(1, rows.shape[1]))
-    coded = [encode(rows[at : at + step].float(), scales[at : at + step]) for at in range(0, max(1, len(rows)), step)]
-    return torch.cat(coded)
+    first = encode(rows[:step].float(), scales[:step])
+    coded = first.new_empty((len(rows), *first.shape[1:]))
+    coded[:step] = first
+    for at in range(step, len(rows), step):
+        coded[at : at + step] = encode(rows[at : at + step].float(), scales[at : at + step])
+    return coded

@@ -21,7 +21,18 @@ from torch import Tensor
 
 from ...errors import FileError, MissingFileError
 from ..formats.gguf_blocks import BLOCKS
-from .header import OTHER_STARTS, PICKLE_STARTS, PICKLE_SUFFIXES, TensorEntry, check_overlap, fill
+from .file_bytes import FileBytes
+from .header import (
+    MAX_NAME,
+    MAX_TENSORS,
+    OTHER_STARTS,
+    PICKLE_STARTS,
+    PICKLE_SUFFIXES,
+    TensorEntry,
+    can_be_a_shape,
+    check_overlap,
+    fill,
+)
 
 __all__ = ["PLAIN_DTYPES", "GgufFile", "LongArray"]
 
@@ -33,16 +44,19 @@ MAX_ALIGNMENT = 1 << 20
 SHAPE_KEY = "comfy.gguf.orig_shape."  # before a tensor's name: its shape, where what is stored was rearranged
 
 MAX_HEADER_BYTES = 100_000_000  # as in safetensors; the longest vocabularies take a tenth of it
-MAX_NAME_BYTES = 1024  # of keys and names; ggml itself keeps 64
+MAX_KEY = 2 * MAX_NAME  # characters; a key may hold a tensor's name
 MAX_FIELDS = 1 << 14
-MAX_TENSORS = 1 << 16
 MAX_RANK = 4
 MAX_SIDE = 1 << 40  # numbers along one dimension
 MAX_DEPTH = 2  # of arrays in arrays
 MAX_TEXT = 4096  # characters of a value that is repeated in ``metadata``
+MAX_KEPT_BYTES = 8 << 20  # of all texts that ``fields`` keeps, and of those that ``array`` gives
+MAX_ARRAY = 1 << 20  # items that ``array`` gives: an object each, of which a byte of the file can make 8 bytes or more
 MAX_ITEMS = 1 << 21  # texts and arrays in arrays, of which each must be walked over; the longest vocabularies have half
 KEPT_ITEMS = 256  # of an array; of longer ones only the place is kept
+KEPT_BYTES = 1 << 16  # of a text; likewise
 FIELD_BYTES = 13  # the least that a field takes: an empty key, a type, a byte
+LONGEST_CHARACTER = 4  # bytes, in UTF-8
 TENSOR_BYTES = 24  # the least that a tensor's entry takes: an empty name, no sides, a type, an offset
 
 SCALARS: dict[int, str] = {  # value types by number, as struct writes them
@@ -67,7 +81,7 @@ TYPES = {block.code: name for name, block in BLOCKS.items()}
 
 @dataclass(frozen=True)
 class LongArray:
-    """An array that stays in the file; ``GgufFile.array`` reads it.
+    """An array, or a long text as an array of one, that stays in the file; ``GgufFile.array`` reads it.
 
     Attributes:
         kind: The type of its items, by GGUF's number.
@@ -81,7 +95,7 @@ class LongArray:
 
 
 class GgufFile(Mapping[str, TensorEntry]):
-    """The entries of a file by name; ``read`` brings one tensor.
+    """The entries of a file by name; ``stored`` and ``read`` bring one tensor.
 
     Args:
         path: The file.
@@ -108,6 +122,7 @@ class GgufFile(Mapping[str, TensorEntry]):
         except OSError as error:
             raise FileError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from error
         self.metadata = {key: str(value) for key, value in self.fields.items() if _is_short(value)}
+        self._bytes = FileBytes(path)
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._entries[name]
@@ -123,8 +138,12 @@ class GgufFile(Mapping[str, TensorEntry]):
         """Bytes of all tensors."""
         return sum(entry.end - entry.start for entry in self._entries.values())
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU as it is stored.
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor on the CPU as it is stored; mostly a view of the mapped file, never to be written to.
 
         Returns:
             Plain numbers in their type and shape; of a block format its bytes, uint8 (blocks, bytes of a block).
@@ -132,6 +151,19 @@ class GgufFile(Mapping[str, TensorEntry]):
         Raises:
             FileError: The file changed since it was opened.
         """
+        entry = self[name]
+        dtype = PLAIN_DTYPES.get(entry.dtype)
+        start, length = self.data_start + entry.start, entry.end - entry.start
+        flat = self._bytes.tensor(start, length, dtype or torch.uint8, f"tensor {name}")
+        return flat.view(entry.shape) if dtype else flat.view(-1, BLOCKS[entry.dtype].bytes)
+
+    def forget(self, name: str) -> None:
+        """Let go of a mapped tensor's pages."""
+        entry = self[name]
+        self._bytes.forget(self.data_start + entry.start, entry.end - entry.start)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one tensor on the CPU as it is stored; see ``stored``."""
         entry = self[name]
         dtype = PLAIN_DTYPES.get(entry.dtype)
         shape = entry.shape if dtype else (-1, BLOCKS[entry.dtype].bytes)
@@ -146,7 +178,7 @@ class GgufFile(Mapping[str, TensorEntry]):
 
         Raises:
             KeyError: There is no such field, or it is no array.
-            FileError: The file changed since it was opened.
+            FileError: The file changed since it was opened, or the array is absurdly long.
         """
         value = self.fields[key]
         if isinstance(value, tuple):
@@ -171,6 +203,7 @@ class _Cursor:
         self.size = os.fstat(file.fileno()).st_size
         self.position = 0
         self.items = 0  # texts and arrays in arrays so far
+        self.text_bytes = 0  # of all texts that were read
         self._file = file
 
     @property
@@ -208,16 +241,27 @@ class _Cursor:
         value: int = layout.unpack(self.take(layout.size, what))[0]
         return value
 
-    def text(self, what: str, longest: int = MAX_HEADER_BYTES) -> str:
-        """A string: its length in bytes, and UTF-8. What is not UTF-8 is replaced where it is no name."""
-        length = self.number(U64, what)
-        if length > longest:
-            raise self.refuse(f"{what} is {length} bytes long")
-        data = self.take(length, what)
+    def text(self, what: str, length: int | None = None) -> str:
+        """A string: its length in bytes, where that was not read before, and UTF-8. What is not UTF-8 is replaced."""
+        return self._text_bytes(what, MAX_KEPT_BYTES - self.text_bytes, length).decode("utf-8", "replace")
+
+    def label(self, what: str, longest: int) -> str:
+        """A string that is to be printed, of at most so many characters."""
+        data = self._text_bytes(what, longest * LONGEST_CHARACTER)
         try:
-            return data.decode("utf-8", "strict" if longest == MAX_NAME_BYTES else "replace")
+            name = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.refuse(f"{what} is not text") from error
+        if len(name) > longest or not name.isprintable():
+            raise self.refuse(f"{what} ({name[:40]!r}) is longer than {longest} characters or cannot be printed")
+        return name
+
+    def _text_bytes(self, what: str, longest: int, length: int | None = None) -> bytes:
+        length = self.number(U64, what) if length is None else length
+        if length > longest:
+            raise self.refuse(f"{what} is {length} bytes long, of which {longest} are read at most")
+        self.text_bytes += length
+        return self.take(length, what)
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, object], dict[str, TensorEntry], int]:
@@ -269,7 +313,7 @@ def _count(cursor: _Cursor, what: str, least: int, most: int) -> int:
 def _read_fields(cursor: _Cursor, count: int) -> dict[str, object]:
     fields: dict[str, object] = {}
     for index in range(count):
-        key = cursor.text(f"the key of field {index}", MAX_NAME_BYTES)
+        key = cursor.label(f"the key of field {index}", MAX_KEY)
         what = f"field {key!r}"
         if key in fields:
             raise cursor.refuse(f"{what} stands twice in it")
@@ -280,7 +324,18 @@ def _read_fields(cursor: _Cursor, count: int) -> dict[str, object]:
 def _read_value(cursor: _Cursor, kind: int, what: str) -> object:
     if kind == ARRAY:
         return _read_array(cursor, what)
+    if kind == STRING:
+        return _read_text(cursor, what)
     return _read_items(cursor, kind, 1, what)[0]
+
+
+def _read_text(cursor: _Cursor, what: str) -> object:
+    """A text where it is short, else its place."""
+    start, length = cursor.position, cursor.number(U64, what)
+    if KEPT_BYTES < length <= cursor.room:
+        cursor.skip(length, what)
+        return LongArray(STRING, 1, start)
+    return cursor.text(what, length)
 
 
 def _read_array(cursor: _Cursor, what: str) -> object:
@@ -317,6 +372,8 @@ def _least_bytes(cursor: _Cursor, kind: int, what: str) -> int:
 def _read_items(cursor: _Cursor, kind: int, count: int, what: str) -> tuple[object, ...]:
     """Values of one type, not arrays."""
     least = _least_bytes(cursor, kind, what)
+    if count > MAX_ARRAY:
+        raise cursor.refuse(f"{what} has {count} items, of which {MAX_ARRAY} are read at most")
     if kind == STRING:
         return tuple(cursor.text(what) for _ in range(count))
     if kind == ARRAY:
@@ -356,7 +413,7 @@ Row = tuple[tuple[int, ...], int, int]  # shape in torch's order, type, offset
 def _read_tensors(cursor: _Cursor, count: int) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for index in range(count):
-        name = cursor.text(f"the name of tensor {index}", MAX_NAME_BYTES)
+        name = cursor.label(f"the name of tensor {index}", MAX_NAME)
         what = f"the entry of tensor {name!r}"
         if name in rows:
             raise cursor.refuse(f"tensor {name!r} stands twice in it")
@@ -403,4 +460,6 @@ def _entry(cursor: _Cursor, name: str, row: Row, shape: tuple[int, ...], room: i
         raise FileError(f"{cursor.name} is cut off: tensor {name!r} ends at byte {end} of {room}; download it again")
     if start % alignment:
         raise cursor.refuse(f"tensor {name!r} begins at byte {start}, not at a multiple of {alignment}")
+    if not (can_be_a_shape(shape) and can_be_a_shape(stored)):
+        raise cursor.refuse(f"tensor {name!r} claims shape {list(shape)}")
     return TensorEntry(TYPES[kind], shape, start, end)

@@ -6,26 +6,40 @@ never costs memory. Layout: 8 bytes of header length (little endian), the header
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import FileError, MissingFileError
+from ..json_text import load_json
 
-__all__ = ["ITEM_BITS", "SafetensorsHeader", "TensorEntry", "check_overlap", "fill"]
+__all__ = [
+    "ITEM_BITS",
+    "MAX_NAME",
+    "MAX_TENSORS",
+    "SafetensorsHeader",
+    "TensorEntry",
+    "can_be_a_shape",
+    "check_overlap",
+    "fill",
+    "is_name",
+    "whole_text",
+]
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_RANK = 8
+MAX_NUMBERS = 1 << 48  # of a tensor; what torch multiplies sides with stays within 64 bits
+MAX_NAME = 256  # characters; the longest of a FLUX model have half as many
+MAX_TENSORS = 1 << 15  # several times as many as the largest of these models, in the smallest pieces
 METADATA = "__metadata__"
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pt2"})
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare pickles
 OTHER_STARTS = (  # what people have in place of a model, by a file's first bytes
-    (b"GGUF", "is a GGUF file, which this version does not read yet; choose the model's .safetensors release"),
+    (b"GGUF", "is a GGUF file, not a safetensors file; give it a name that ends in .gguf"),
     (b"version ", "is a Git LFS pointer, not the model itself; fetch it with `git lfs pull`, or download it again"),
     (b"<!DOCTYP", "is a web page, not a model; the download needed a login or a licence to be accepted first"),
     (b"<!doctyp", "is a web page, not a model; the download needed a login or a licence to be accepted first"),
@@ -95,8 +109,8 @@ def _read(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
         raw, size = _read_raw(path)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from error
-    header, metadata = _parse(path, raw)
     start = LENGTH_BYTES + len(raw)
+    header, metadata = _parse(path, raw, size - start)
     entries = {name: _entry(path, name, value, size - start) for name, value in header.items()}
     check_overlap(path.name, entries)
     return entries, metadata, start
@@ -133,33 +147,39 @@ def _check_start(path: Path, head: bytes, size: int) -> None:
             raise FileError(f"{path.name} {what}")
 
 
-def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """The header's tensors and its metadata, as JSON has them."""
+def _parse(path: Path, raw: bytes, room: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The header's tensors and its metadata, as JSON has them; ``room`` bytes of the file are not the header's."""
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = load_json(raw, room)
+    except ValueError as error:
         raise FileError(
-            f"{path.name} is damaged or not a safetensors file: its header is not JSON ({error}); download it again"
+            f"{path.name} is damaged or not a safetensors file: its header is not JSON that can be read ({error}); "
+            "download it again"
         ) from error
     if not isinstance(header, dict):
         raise FileError(
             f"{path.name} is damaged or not a safetensors file: its header is not a table of tensors; download it again"
         )
     metadata = header.pop(METADATA, None) or {}
-    if not isinstance(metadata, dict):
-        raise FileError(f"{path.name} is damaged: the header's metadata is not a table; download it again")
-    return header, {str(key): str(value) for key, value in metadata.items()}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FileError(f"{path.name} is damaged: the header's metadata is not a table of texts; download it again")
+    if len(header) > MAX_TENSORS:
+        raise FileError(f"{path.name} claims {len(header)} tensors, more than any model has; download it again")
+    return header, {whole_text(key): whole_text(value) for key, value in metadata.items()}
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name stands twice in it")
-    return table
+def whole_text(text: str) -> str:
+    """The text without halves of characters, which JSON can write and nothing can print."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _entry(path: Path, name: str, value: object, room: int) -> TensorEntry:
     """Check one header entry against the room that the file has for tensors."""
+    if not is_name(name):
+        raise FileError(
+            f"{path.name}: a tensor's name ({name[:40]!r}) is longer than {MAX_NAME} characters or cannot be printed; "
+            "download the file again"
+        )
     entry = _parsed_entry(value)
     if entry is None:
         raise FileError(f"{path.name}: the entry of tensor {name!r} is damaged; download the file again")
@@ -174,6 +194,8 @@ def _entry(path: Path, name: str, value: object, room: int) -> TensorEntry:
             f"{path.name}: tensor {name!r} has {length} bytes, which does not fit shape {list(entry.shape)} of "
             f"{entry.dtype}; download the file again"
         )
+    if not can_be_a_shape(entry.shape):
+        raise FileError(f"{path.name}: tensor {name!r} claims shape {list(entry.shape)}; download the file again")
     return entry
 
 
@@ -184,9 +206,21 @@ def _parsed_entry(value: object) -> TensorEntry | None:
     dtype, shape, span = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(span, list)):
         return None
-    if len(span) != 2 or len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in (*shape, *span)):
+    if len(span) != 2 or not all(type(n) is int and 0 <= n <= MAX_NUMBERS for n in (*shape, *span)):
+        return None
+    if not is_name(dtype) or len(shape) > MAX_RANK:
         return None
     return TensorEntry(dtype, tuple(shape), span[0], span[1])
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a tensor or a type: not absurdly long, and safe to print."""
+    return len(text) <= MAX_NAME and text.isprintable()
+
+
+def can_be_a_shape(sides: Iterable[int]) -> bool:
+    """Whether torch can have such a tensor: a side of 0 does not make up for absurd others."""
+    return math.prod(side or 1 for side in sides) <= MAX_NUMBERS
 
 
 def fill(path: Path, buffer: bytearray, offset: int, what: str) -> None:

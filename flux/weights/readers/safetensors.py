@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from ...errors import FileError
+from .file_bytes import FileBytes
 from .header import SafetensorsHeader, TensorEntry, fill
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorEntry"]
@@ -17,6 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -27,23 +31,45 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class SafetensorsFile(SafetensorsHeader):
-    """The entries of a file by name; ``read`` brings one tensor's numbers."""
+    """The entries of a file by name; ``stored`` and ``read`` bring one tensor."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its stored format.
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._bytes = FileBytes(path)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor on the CPU, in its stored format; mostly a view of the mapped file, never to be written to.
 
         Raises:
             FileError: The format is not read here, or the file changed since it was opened.
         """
+        entry, dtype = self[name], self._dtype(name)
+        start, length = self.data_start + entry.start, entry.end - entry.start
+        return self._bytes.tensor(start, length, dtype, f"tensor {name}").view(entry.shape)
+
+    def forget(self, name: str) -> None:
+        """Let go of a mapped tensor's pages."""
         entry = self[name]
-        if entry.dtype not in DTYPES:
-            raise FileError(
-                f"{self.path.name}: tensor {name} is stored as {entry.dtype}, which this version does not read; "
-                "use the model's bf16 release"
-            )
+        self._bytes.forget(self.data_start + entry.start, entry.end - entry.start)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one tensor on the CPU, in its stored format; see ``stored``."""
+        entry, dtype = self[name], self._dtype(name)
         buffer = bytearray(entry.end - entry.start)
         fill(self.path, buffer, self.data_start + entry.start, f"tensor {name}")
-        dtype = DTYPES[entry.dtype]
         if not buffer:
             return torch.empty(entry.shape, dtype=dtype)
         return torch.frombuffer(buffer, dtype=dtype).view(entry.shape)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        stored = self[name].dtype
+        if stored not in DTYPES:
+            raise FileError(
+                f"{self.path.name}: tensor {name} is stored as {stored}, which this version does not read; "
+                "use the model's bf16 release"
+            )
+        return DTYPES[stored]

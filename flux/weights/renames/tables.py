@@ -8,6 +8,7 @@ Names are those of whole tensors: what a storage format keeps beside one (scales
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ class Row:
         assert len(self.shares) in (0, len(self.foreign))
         assert len(self.foreign) == 1 or (self.ours is not None and self.change is Change.NONE)
         assert self.ours is None or not any(name.endswith(ANYTHING) for name in self.foreign)
+
+    @functools.cached_property
+    def backward(self) -> int | None:
+        """Which of the open numbers counts from the other end."""
+        marks = OPEN.findall(self.foreign[0])
+        return marks.index(BACKWARD) if BACKWARD in marks else None
 
     def join(self, names: tuple[str, ...]) -> Recipe:
         """Ours, of stored foreign tensors with these names, one for each of ``foreign``."""
@@ -208,6 +215,10 @@ class Table:
             dropped += left_out
         return Plan({target: row.join(sources) for target, (row, sources) in chosen.items()}, tuple(dropped))
 
+    def knows(self, name: str) -> bool:
+        """Whether a stored tensor's name is one of the layout's."""
+        return self._foreign.find(name) is not None
+
     def to_foreign(self, names: Iterable[str], where: str = "the model") -> Plan:
         """A plan for foreign tensors, of our stored ones; see ``to_ours``.
 
@@ -240,14 +251,7 @@ class Table:
 
 def _filled(pattern: str, numbers: Numbers) -> str:
     """The name with its open numbers put in."""
-    values = iter(numbers)
-    return OPEN.sub(lambda _: str(next(values)), pattern)
-
-
-def _backward(row: Row) -> int | None:
-    """Which of a row's open numbers counts from the other end."""
-    marks = OPEN.findall(row.foreign[0])
-    return marks.index(BACKWARD) if BACKWARD in marks else None
+    return pattern.replace(BACKWARD, FORWARD).format(*numbers)
 
 
 def _lead(pattern: str, index: int) -> str:
@@ -259,7 +263,7 @@ def _counts(matches: Iterable[tuple[str, Row, Numbers]]) -> dict[str, int]:
     """How far each number that is turned round goes, by what stands before it in the stored names."""
     counts: dict[str, int] = {}
     for pattern, row, numbers in matches:
-        index = _backward(row)
+        index = row.backward
         if index is not None:
             lead = _lead(pattern, index)
             counts[lead] = max(counts.get(lead, 0), numbers[index] + 1)
@@ -268,7 +272,7 @@ def _counts(matches: Iterable[tuple[str, Row, Numbers]]) -> dict[str, int]:
 
 def _turned(pattern: str, row: Row, numbers: Numbers, counts: Mapping[str, int]) -> Numbers:
     """The numbers as the other side counts them."""
-    index = _backward(row)
+    index = row.backward
     if index is None:
         return numbers
     last = counts[_lead(pattern, index)] - 1

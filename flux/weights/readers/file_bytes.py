@@ -1,0 +1,149 @@
+"""A file's bytes as tensors: mapped into memory, or read where mapping is slow.
+
+A mapped tensor is a view of the file: it takes no memory of its own, and pages come in as they are used. On network
+disks and with some drivers that is many times slower than reading, so the first large tensor of a file is timed both
+ways. Tensors of a mapped file must not be written to.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import FileError, UserError
+
+__all__ = ["ENVIRONMENT", "WAYS", "FileBytes"]
+
+WAYS = ("auto", "map", "read")
+ENVIRONMENT = "FLUXFOUNDRY_FILES"  # the one switch: a word of ``WAYS``
+PROBE_BYTES = 16 << 20  # of each way, when both are timed
+SLOWER = 3.0  # times that mapping must be slower than reading before it is given up for a file
+MEASURABLE = 5e-3  # seconds below which a probe says nothing: the file lies in memory already
+
+
+class FileBytes:
+    """The bytes of one file, which is held open from their first use on.
+
+    Args:
+        path: The file.
+        way: A word of ``WAYS``; the environment's when None, "auto" without one.
+
+    Raises:
+        UserError: There is no such way.
+    """
+
+    def __init__(self, path: Path, way: str | None = None) -> None:
+        self.path = path
+        self.way = way or os.environ.get(ENVIRONMENT) or WAYS[0]
+        if self.way not in WAYS:
+            raise UserError(f"files can be brought by {', '.join(WAYS)}, but {ENVIRONMENT} is {self.way!r}; set one")
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+        self._map: mmap.mmap | None = None
+        self._size = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            os.close(self._fd)  # type: ignore[arg-type]
+
+    def tensor(self, start: int, length: int, dtype: torch.dtype, what: str) -> Tensor:
+        """Numbers (n,) of ``dtype``, not to be written to.
+
+        Args:
+            start: Where the first begins, in bytes.
+            length: Of all, in bytes.
+            dtype: Their type.
+            what: They are, for messages.
+
+        Raises:
+            FileError: The file changed since it was opened, or cannot be read any more.
+        """
+        if length == 0:
+            return torch.empty(0, dtype=dtype)
+        with self._lock:
+            fd = self._open(start + length, what)
+            if self.way == "auto" and length >= 2 * PROBE_BYTES:
+                self.way = self._faster_way(fd, start)
+            if self.way == "read" or start % dtype.itemsize:
+                return self._read(fd, start, length, what).view(dtype)
+            if self._map is None:
+                self._map = _map(fd)
+            if self._map is None:  # a file system without mapping
+                self.way = "read"
+                return self._read(fd, start, length, what).view(dtype)
+            return _view(self._map, start, length, dtype)
+
+    def forget(self, start: int, length: int) -> None:
+        """Let go of a mapped part's pages; they come in again when they are used. Nothing where nothing is mapped."""
+        page = mmap.PAGESIZE
+        first, last = -(-start // page) * page, (start + length) // page * page
+        if self._map is not None and first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _open(self, end: int, what: str) -> int:
+        """The open file, checked to be as long as it was: a map of one that was cut would end the process."""
+        try:
+            if self._fd is None:
+                self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            size = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
+        if size < max(end, self._size):
+            raise FileError(f"{self.path.name} ended while {what} was read; was it replaced meanwhile?")
+        self._size = size
+        return self._fd
+
+    def _read(self, fd: int, start: int, length: int, what: str) -> Tensor:
+        buffer = torch.empty(length, dtype=torch.uint8)
+        view, done = buffer.numpy().data, 0
+        try:
+            with open(fd, "rb", buffering=0, closefd=False) as file:
+                file.seek(start)
+                while done < length:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise FileError(f"{self.path.name} ended while {what} was read; was it replaced meanwhile?")
+                    done += count
+        except OSError as error:
+            raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
+        return buffer
+
+    def _faster_way(self, fd: int, start: int) -> str:
+        """Time both ways on neighbouring parts of a tensor."""
+        probe = _map(fd)
+        if probe is None:
+            return "read"
+        with probe:
+            began = time.perf_counter()
+            len(probe[start : start + PROBE_BYTES])
+            mapping = time.perf_counter() - began
+        began = time.perf_counter()
+        self._read(fd, start + PROBE_BYTES, PROBE_BYTES, "a probe")
+        reading = time.perf_counter() - began
+        return faster_way(mapping, reading)
+
+
+def faster_way(mapping: float, reading: float) -> str:
+    """What to do by the seconds that both ways took: mapping, unless it is noticeably slower."""
+    return "read" if mapping > max(MEASURABLE, SLOWER * reading) else "map"
+
+
+def _map(fd: int) -> mmap.mmap | None:
+    """The whole file mapped; None where the system cannot."""
+    try:
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+        return None
+
+
+def _view(buffer: mmap.mmap, start: int, length: int, dtype: torch.dtype) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(buffer, dtype=dtype, count=length // dtype.itemsize, offset=start)

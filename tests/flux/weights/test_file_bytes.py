@@ -1,0 +1,116 @@
+"""A file's bytes are views of it where that is fast, and copies elsewhere; never of a file that was cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flux.errors import FileError, UserError
+from flux.weights.readers import file_bytes
+from flux.weights.readers.file_bytes import ENVIRONMENT, FileBytes, faster_way
+
+NUMBERS = torch.arange(64, dtype=torch.float32)
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "numbers.bin"
+    file.write_bytes(b"head" + NUMBERS.numpy().tobytes())
+    return file
+
+
+@pytest.mark.parametrize("way", ["auto", "map", "read"])
+def test_every_way_gives_the_same_numbers(path, way):
+    found = FileBytes(path, way).tensor(4, 256, torch.float32, "numbers")
+    assert torch.equal(found, NUMBERS)
+
+
+def test_mapped_numbers_are_the_file_itself(path):
+    file = FileBytes(path, "map")
+    pointers = {file.tensor(4, 256, torch.float32, "numbers").data_ptr() for _ in range(3)}
+    assert len(pointers) == 1
+    with path.open("r+b") as writer:
+        writer.seek(4)
+        writer.write(torch.tensor([9.0]).numpy().tobytes())
+    assert file.tensor(4, 4, torch.float32, "numbers").item() == 9.0
+
+
+def test_read_numbers_are_ones_own(path):
+    file = FileBytes(path, "read")
+    one = file.tensor(4, 256, torch.float32, "numbers")
+    one.zero_()
+    assert torch.equal(file.tensor(4, 256, torch.float32, "numbers"), NUMBERS)
+
+
+def test_numbers_between_words_are_copied(path):
+    path.write_bytes(b"x" + NUMBERS.numpy().tobytes())
+    found = FileBytes(path, "map").tensor(1, 256, torch.float32, "numbers")
+    assert torch.equal(found, NUMBERS)
+    assert found.data_ptr() % 4 == 0
+
+
+@pytest.mark.parametrize("way", ["map", "read"])
+def test_a_file_that_was_cut_is_refused_by_name(path, way):
+    file = FileBytes(path, way)
+    file.tensor(4, 256, torch.float32, "numbers")
+    with path.open("r+b") as writer:
+        writer.truncate(100)
+    with pytest.raises(FileError, match=r"numbers\.bin ended while tensor a was read"):
+        file.tensor(4, 64, torch.float32, "tensor a")
+
+
+def test_a_file_that_is_gone_is_refused_by_name(path):
+    file = FileBytes(path)
+    path.unlink()
+    with pytest.raises(FileError, match=r"numbers\.bin cannot be read any more"):
+        file.tensor(4, 64, torch.float32, "tensor a")
+
+
+def test_the_environment_is_the_switch(path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "read")
+    assert FileBytes(path).way == "read"
+    monkeypatch.setenv(ENVIRONMENT, "fast")
+    with pytest.raises(UserError, match=r"auto, map, read, but FLUXFOUNDRY_FILES is 'fast'"):
+        FileBytes(path)
+
+
+def test_mapping_is_left_only_where_it_is_noticeably_slower():
+    assert faster_way(mapping=0.5, reading=0.01) == "read"
+    assert faster_way(mapping=0.02, reading=0.01) == "map"
+    assert faster_way(mapping=0.004, reading=0.0001) == "map"
+
+
+def test_the_first_large_tensor_is_timed_both_ways(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_bytes, "PROBE_BYTES", 64)
+    seen = []
+    monkeypatch.setattr(file_bytes, "faster_way", lambda mapping, reading: seen.append((mapping, reading)) or "read")
+    path = tmp_path / "large.bin"
+    path.write_bytes(NUMBERS.numpy().tobytes())
+    file = FileBytes(path, "auto")
+    file.tensor(0, 64, torch.float32, "a small one")
+    assert file.way == "auto"
+    assert torch.equal(file.tensor(0, 256, torch.float32, "a large one"), NUMBERS)
+    assert file.way == "read"
+    assert len(seen) == 1
+    assert all(seconds > 0 for seconds in seen[0])
+
+
+@pytest.mark.parametrize("way", ["map", "auto"])
+def test_a_file_system_without_mapping_is_read(path, way, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no such device")
+
+    monkeypatch.setattr(file_bytes.mmap, "mmap", fail)
+    monkeypatch.setattr(file_bytes, "PROBE_BYTES", 64)
+    file = FileBytes(path, way)
+    assert torch.equal(file.tensor(4, 256, torch.float32, "numbers"), NUMBERS)
+    assert file.way == "read"
+
+
+def test_forgotten_pages_come_in_again(path):
+    file = FileBytes(path, "map")
+    path_size = 3 * 4096
+    path.write_bytes(bytes(path_size - 1) + b"z")
+    held = file.tensor(0, path_size, torch.uint8, "numbers")
+    file.forget(0, path_size)
+    assert held[-1] == ord("z")
