@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import latents, loading, sampling, text
+from . import files, latents, loading, sampling, saving, text
 
 __all__ = ["NODES", "FluxFoundryExtension"]
 
-NODES: list[type[io.ComfyNode]] = [*loading.NODES, *text.NODES, *latents.NODES, *sampling.NODES]
+FAMILIES = (loading, text, latents, sampling, files, saving)
+NODES: list[type[io.ComfyNode]] = [node for family in FAMILIES for node in family.NODES]
 
 
 class FluxFoundryExtension(ComfyExtension):

@@ -102,7 +102,8 @@ def dtype() -> io.Input:
         options=list(DTYPES),
         default="auto",
         tooltip="Number format that the weights are kept in. auto: as the file has them, or what the device prefers; "
-        "bf16 and fp16 take half of fp32's memory. What the device cannot compute in is widened while it is used.",
+        "packed ones (fp8, GGUF, nf4, ...) stay packed and are unpacked layer by layer while they are used. bf16, fp16 "
+        "and fp32 unpack everything when it is loaded; bf16 and fp16 take half of fp32's memory.",
     )
 
 

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .bridge.paths import CLIPS, EMBEDDED_MODELS, MODELS, T5S, VAES, resolve_embedded
+from .bridge.paths import CLIPS, EMBEDDED_MODELS, MODELS, T5S, VAES, Choice, resolve_embedded
 from .fields import ROOT, dtype, schema
 
 __all__ = ["NODES"]
 
 CATEGORY = f"{ROOT}/loaders"
-EMBEDDED_NOTE = "The entries that begin with 'embedded' ship with the pack and need no download."
+FILES_NOTE = (
+    ".safetensors and .gguf files of any storage format, and the .index.json of a model in several files. Entries that "
+    "begin with 'embedded' ship with the pack; 'checkpoints' are all-in-one files from that folder."
+)
 T5_LENGTHS = ("512", "256")
+AUTO = "auto"
+# Variants with the same tensors.
+VARIANTS = ("flux1-dev", "flux1-krea-dev", "flux1-kontext-dev", "flux1-canny-dev", "flux1-depth-dev")
 
 MODEL_TOOLTIP = "The diffusion model, for FLUX Sampler, KSampler, LoRA loaders and every other node that takes a MODEL."
 CLIP_TOOLTIP = "Both text encoders, for FLUX Text Encode, CLIP Text Encode and every other node that takes a CLIP."
 VAE_TOOLTIP = "The autoencoder, for FLUX Decode, VAE Encode, VAE Decode and every other node that takes a VAE."
+
+
+def file_combo(name: str, choice: Choice, tooltip: str) -> io.Input:
+    """A combo of files, whose tooltip tells what each is."""
+    return io.Combo.Input(
+        name, options=choice.names(), tooltip="\n".join(filter(None, (f"{tooltip} {FILES_NOTE}", choice.told())))
+    )
 
 
 class LoadModel(io.ComfyNode):
@@ -28,22 +41,26 @@ class LoadModel(io.ComfyNode):
             description="Loads a FLUX.1 diffusion model with FLUX Foundry's own engine.",
             search_aliases=["unet loader", "diffusion model", "flux checkpoint", "flux dev", "flux schnell"],
             inputs=[
-                io.Combo.Input(
-                    "model",
-                    options=MODELS.names(),
-                    tooltip="A .safetensors file of a FLUX.1 diffusion model in ComfyUI's diffusion_models folder, in "
-                    f"Black Forest Labs' layout. {EMBEDDED_NOTE}",
-                ),
+                file_combo("model", MODELS, "A FLUX.1 diffusion model in ComfyUI's diffusion_models folder."),
                 dtype(),
+                io.Combo.Input(
+                    "variant",
+                    options=[AUTO, *VARIANTS],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="What the model is, where its tensors cannot tell: [dev], Krea and Kontext have the same, "
+                    "and so have Canny and Depth. auto: by the file's metadata and name. It sets the defaults that "
+                    "samplers take from the model; a variant that the tensors contradict is refused.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_TOOLTIP)],
         )
 
     @classmethod
-    def execute(cls, model: str, dtype: str) -> io.NodeOutput:
+    def execute(cls, model: str, dtype: str, variant: str = AUTO) -> io.NodeOutput:
         from .bridge.model import load_model
 
-        return io.NodeOutput(load_model(str(MODELS.resolve(model)), dtype))
+        return io.NodeOutput(load_model(str(MODELS.resolve(model)), dtype, None if variant == AUTO else variant))
 
 
 class LoadTextEncoders(io.ComfyNode):
@@ -56,17 +73,17 @@ class LoadTextEncoders(io.ComfyNode):
             description="Loads FLUX.1's two text encoders, CLIP-L and T5-XXL.",
             search_aliases=["dual clip loader", "clip loader", "t5xxl", "clip_l"],
             inputs=[
-                io.Combo.Input(
+                file_combo(
                     "clip_l",
-                    options=CLIPS.names(),
-                    tooltip="CLIP-L's file in ComfyUI's text_encoders folder (clip_l.safetensors). It gives the pooled "
-                    f"vector that sets the picture's overall style. {EMBEDDED_NOTE}",
+                    CLIPS,
+                    "CLIP-L's file in ComfyUI's text_encoders folder (clip_l.safetensors). It gives the pooled vector "
+                    "that sets the picture's overall style.",
                 ),
-                io.Combo.Input(
+                file_combo(
                     "t5",
-                    options=T5S.names(),
-                    tooltip="T5-XXL's file in the same folder (t5xxl_fp16.safetensors). It gives the tokens that the "
-                    f"picture follows word by word. {EMBEDDED_NOTE}",
+                    T5S,
+                    "T5-XXL's file in the same folder (t5xxl_fp16.safetensors). It gives the tokens that the picture "
+                    "follows word by word.",
                 ),
                 io.Combo.Input(
                     "t5_length",
@@ -96,11 +113,7 @@ class LoadAutoencoder(io.ComfyNode):
             description="Loads FLUX.1's autoencoder, which turns latents into pictures and back.",
             search_aliases=["vae loader", "load vae", "ae.safetensors"],
             inputs=[
-                io.Combo.Input(
-                    "vae",
-                    options=VAES.names(),
-                    tooltip=f"FLUX.1's autoencoder in ComfyUI's vae folder (ae.safetensors). {EMBEDDED_NOTE}",
-                ),
+                file_combo("vae", VAES, "FLUX.1's autoencoder in ComfyUI's vae folder (ae.safetensors)."),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip=VAE_TOOLTIP)],
         )

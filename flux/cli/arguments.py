@@ -12,6 +12,7 @@ __all__ = [
     "NOISES",
     "SCHEDULERS",
     "SOLVERS",
+    "add_convert",
     "add_demo",
     "add_generate",
     "add_inspect",
@@ -22,6 +23,13 @@ SOLVERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_snr")
 SCHEDULERS = ("flux", "simple", "beta", "linear")
 NOISES = ("comfyui", "bfl", "diffusers")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+FORMATS = (
+    "fp32", "bf16", "fp16", "fp8", "fp8-row", "mxfp8", "nvfp4", "int8", "int8-row", "nf4",
+    "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q8_0", "gguf:Q6_K", "gguf:Q5_K", "gguf:Q4_K", "gguf:Q3_K", "gguf:Q2_K",
+    "gguf:Q5_1", "gguf:Q5_0", "gguf:Q4_1", "gguf:Q4_0", "gguf:IQ4_NL",
+)  # fmt: skip
+LAYOUTS = ("bfl", "diffusers")
+PARTS = ("transformer", "autoencoder", "clip", "t5")
 DEVICES = "auto, cpu, cuda, cuda:0, cuda:1 ..."
 
 EXAMPLES = """\
@@ -30,6 +38,15 @@ examples:
   python -m flux generate "a green star" --model mini-schnell --count 3 --out stars/star.webp
   python -m flux generate "a cat" --model flux1-dev.safetensors --clip clip_l.safetensors \\
       --t5 t5xxl_fp16.safetensors --vae ae.safetensors --tokenizers tokenizers/
+"""
+
+
+CONVERT_EXAMPLES = """\
+examples:
+  python -m flux convert flux1-dev.safetensors flux1-dev-fp8.safetensors --to fp8
+  python -m flux convert flux1-dev.safetensors flux1-dev-Q4_K.gguf --to gguf:Q4_K
+  python -m flux convert FLUX.1-dev/transformer flux1-dev.safetensors --to bfl
+  python -m flux convert flux1-dev.safetensors diffusion_pytorch_model.safetensors --to diffusers
 """
 
 
@@ -60,10 +77,36 @@ def add_inspect(commands: Commands) -> None:
     parser = commands.add_parser(
         "inspect",
         help="say what model files are",
-        description="Say what safetensors files are from their headers alone; no tensor is read.",
+        description="Say what model files are from their headers alone; no tensor is read. One file is told in full, "
+        "several in a table.",
     )
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a .safetensors file")
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", type=Path,
+        help="a .safetensors or .gguf file, the .index.json of a model in several files, or a folder of models",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="a JSON list in place of text")
+
+
+def add_convert(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="write a model in another format or layout",
+        description="Write a model in another format or layout, tensor by tensor: memory for a few times its largest "
+        "tensor is enough.",
+        epilog=CONVERT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="what `inspect` takes")
+    parser.add_argument("target", metavar="DST", type=Path, help="the new file: .gguf for GGUF, else .safetensors")
+    parser.add_argument(
+        "--to", required=True, metavar="FORMAT[,LAYOUT]",
+        help=f"a format ({', '.join(FORMATS)}), a layout ({', '.join(LAYOUTS)}), or both with a comma between; a "
+        "layout alone keeps what tensors are stored in, where it can",
+    )  # fmt: skip
+    parser.add_argument("--part", choices=PARTS, help="of an all-in-one file (default: the transformer if it has one)")
+    parser.add_argument("--variant", metavar="NAME", help="what the transformer is, where its tensors cannot tell")
+    parser.add_argument("--replace", action="store_true", help="replace DST if it is there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
 
 
 def add_models(commands: Commands) -> None:
@@ -96,7 +139,13 @@ def _add_model(group: Group) -> None:
         "--model",
         default="mini",
         metavar="NAME|FILE",
-        help="mini or mini-schnell, which are inside the pack, or a transformer's .safetensors file (default: mini)",
+        help="mini or mini-schnell, which are inside the pack, or a transformer's .safetensors or .gguf file "
+        "(default: mini)",
+    )
+    group.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="what the transformer is where its tensors cannot tell, as flux1-kontext-dev (`models` lists the names)",
     )
     group.add_argument("--clip", type=Path, metavar="FILE", help="the model's CLIP text encoder")
     group.add_argument("--t5", type=Path, metavar="FILE", help="its T5 text encoder")

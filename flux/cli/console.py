@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Bar", "fault", "note", "say"]
+__all__ = ["Bar", "fault", "note", "say", "table"]
 
 
 def say(line: str) -> None:
@@ -23,6 +24,14 @@ def note(sentence: str) -> None:
 def fault(sentence: str) -> None:
     """Tell why there is no result."""
     sys.stderr.write(f"error: {sentence}\n")
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table, columns as wide as they need."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
 
 
 class Bar:

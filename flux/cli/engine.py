@@ -24,22 +24,23 @@ DTYPES: dict[str, torch.dtype | None] = {
 }
 
 
-def open_model(files: ModelFiles, device: str, dtype: str) -> FluxModel:
+def open_model(files: ModelFiles, device: str, dtype: str, variant: str | None = None) -> FluxModel:
     """Open every part; reads headers only.
 
     Args:
         files: From ``model_files``.
         device: As the user named it.
         dtype: A key of ``DTYPES``.
+        variant: What the transformer is, where its tensors cannot tell.
 
     Raises:
         UserError: A file is missing, damaged or another part, the parts do not fit, or there is no such device.
     """
     place, chosen = resolve_device(device), DTYPES[dtype]
-    transformer = open_transformer(files.transformer, place, chosen)
+    transformer = open_transformer(files.transformer, place, chosen, variant=variant)
     autoencoder = open_autoencoder(files.autoencoder, place, chosen)
     text = open_text_encoders(
-        files.clip, files.t5, files.clip_tokenizer, files.t5_tokenizer, place, chosen, transformer.spec
+        files.clip, files.t5, files.clip_tokenizer, files.t5_tokenizer, place, chosen, transformer.given
     )
     return FluxModel(transformer, text, autoencoder)
 

@@ -1,6 +1,7 @@
 """Which files a model is: those inside the pack, or a transformer's path and what goes with it.
 
-What no option names is looked for beside the transformer, and in ComfyUI's folders when the transformer stands in one.
+What no option names is looked for in the transformer's own file, beside it, and in ComfyUI's folders when it stands in
+one: by the usual names first, then by what the files there are.
 """
 
 from __future__ import annotations
@@ -11,29 +12,14 @@ from pathlib import Path
 
 from ..errors import MissingFileError, UserError
 from ..specs.flux1 import FLUX1, Flux1Spec, check_draws
-from ..specs.recognise import recognise_kind
-from ..weights.readers.header import SafetensorsHeader
+from ..specs.releases import FILE_NAMES, PAGES
 
-__all__ = ["EMBEDDED", "FILE_NAMES", "PAGES", "ModelFiles", "model_files"]
+__all__ = ["EMBEDDED", "ModelFiles", "model_files"]
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "mini" / "weights"
 EMBEDDED = ("flux1-mini", "flux1-mini-schnell")
 SHORT_NAMES = {"mini": "flux1-mini", "mini-schnell": "flux1-mini-schnell"}
 
-FILE_NAMES: dict[str, tuple[str, ...]] = {  # of each part, the names that its releases go by, the usual one first
-    "clip-l": ("clip_l.safetensors",),
-    "t5xxl": ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
-    "flux1-ae": ("ae.safetensors", "flux1-ae.safetensors", "flux_vae.safetensors"),
-    "clip-mini": ("clip.safetensors",),
-    "t5-mini": ("t5.safetensors",),
-    "flux1-mini-ae": ("ae.safetensors",),
-}
-PAGES: dict[str, str] = {
-    "clip-l": "https://huggingface.co/comfyanonymous/flux_text_encoders",
-    "t5xxl": "https://huggingface.co/comfyanonymous/flux_text_encoders",
-    "flux1-ae": "https://huggingface.co/black-forest-labs/FLUX.1-schnell",
-    "tokenizers": "https://huggingface.co/black-forest-labs/FLUX.1-schnell",
-}
 ENCODER_FOLDERS = ("text_encoders", "clip")  # ComfyUI's names, beside its folder of transformers
 AUTOENCODER_FOLDERS = ("vae",)
 TOKENIZER_FOLDERS = ("tokenizers", "tokenizer")
@@ -58,7 +44,7 @@ def model_files(arguments: argparse.Namespace) -> ModelFiles:
     Raises:
         UserError: The model is not known, a file is not there, or the transformer's file is something else.
     """
-    path, spec = _transformer(arguments.model)
+    path, spec = _transformer(arguments.model, arguments.variant)
     if all(name.endswith("-mini") for name in spec.text_encoders):
         return _with_options(arguments, _mini(path))
     found = _Search(spec, path)
@@ -74,15 +60,16 @@ def model_files(arguments: argparse.Namespace) -> ModelFiles:
     return files
 
 
-def _transformer(model: str) -> tuple[Path, Flux1Spec]:
+def _transformer(model: str, variant: str | None) -> tuple[Path, Flux1Spec]:
     name = SHORT_NAMES.get(model, model)
     if name in EMBEDDED:
         return WEIGHTS / FLUX1[name].files[0], FLUX1[name]
     path = Path(model)
     if not path.exists():
         raise UserError(_unknown_model(model, name))
-    header = SafetensorsHeader(path)
-    spec = recognise_kind("transformer", header, path.name, header.metadata).spec
+    from ..pipelines.parts import find_part  # brings torch, which the embedded models' files need not wait for
+
+    spec = find_part(path, "transformer", variant)[1].recognised.spec
     assert isinstance(spec, Flux1Spec)
     check_draws(spec)
     return path, spec
@@ -96,7 +83,7 @@ def _unknown_model(model: str, name: str) -> str:
         )
     return (
         f"there is no model and no file named {model!r}; give {', '.join((*SHORT_NAMES, *EMBEDDED))}, or the path of a "
-        "FLUX.1 transformer's .safetensors file"
+        "FLUX.1 transformer's .safetensors or .gguf file"
     )
 
 
@@ -132,14 +119,27 @@ class _Search:
         self.missing: list[str] = []
 
     def part(self, option: str, name: str, folders: tuple[str, ...]) -> Path:
-        """The file of an encoder or autoencoder."""
+        """The file of an encoder or autoencoder: the transformer's own, one of the usual name, or what is one."""
+        from ..weights.library import model_files_in
+
+        if name in self._named(self.path):
+            return self.path
         places = (self.home, *(self.home.parent / folder for folder in folders))
-        for place in places:
-            for file_name in FILE_NAMES[name]:
-                if (place / file_name).is_file():
-                    return place / file_name
+        usual = (place / file_name for place in places for file_name in FILE_NAMES[name])
+        for path in usual:
+            if path.is_file():
+                return path
+        for path in (path for place in places for path in model_files_in(place)):
+            if name in self._named(path):
+                return path
         self.missing.append(f"{FILE_NAMES[name][0]} ({option}; from {PAGES[name]})")
         return Path()
+
+    def _named(self, path: Path) -> list[str]:
+        """The specs of all parts of a file."""
+        from ..weights.library import given_files
+
+        return [given.found.spec.name for given in given_files([path]) if given.found.spec is not None]
 
     def tokenizer(self, given: Path | None, release_folder: str, wanted: tuple[str, ...]) -> Path:
         """The folder with all of one tokenizer's files: the one given, or below the transformer's."""

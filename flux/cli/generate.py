@@ -58,7 +58,7 @@ def _open(
 
     clock = Clock(began)
     request = request_of(arguments, seed)
-    model = open_model(files, arguments.device, arguments.dtype)
+    model = open_model(files, arguments.device, arguments.dtype, arguments.variant)
     clock.lap("opening")
     given = {role: getattr(arguments, role) for role in ("image", "mask")}
     return model, request, Record(files, model, {role: path for role, path in given.items() if path}), clock

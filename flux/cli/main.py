@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ..errors import Cancelled, FluxFoundryError, NumericError, UserError
 from ..version import VERSION
-from .arguments import add_demo, add_generate, add_inspect, add_models
+from .arguments import add_convert, add_demo, add_generate, add_inspect, add_models
 from .console import fault
 
 __all__ = ["main"]
@@ -60,6 +60,8 @@ def _run(argv: Sequence[str] | None) -> int:
         from .generate import run
     elif arguments.command == "inspect":
         from .inspect import run
+    elif arguments.command == "convert":
+        from .convert import run
     elif arguments.command == "demo":
         from .demo import run
     else:
@@ -101,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     adders: tuple[Callable[[argparse._SubParsersAction[_Parser]], None], ...] = (
         add_generate,
         add_inspect,
+        add_convert,
         add_models,
         add_demo,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -16,9 +16,10 @@ from ..models.text.t5 import T5Encoder
 from ..ops.layers import on_meta
 from ..specs.autoencoder import AUTOENCODERS
 from ..specs.flux1 import FLUX1, Flux1Spec
+from ..specs.releases import FILE_NAMES, PAGES
 from ..specs.text import CLIP_TEXT, T5_ENCODERS
-from .console import say
-from .files import EMBEDDED, FILE_NAMES, PAGES
+from .console import say, table
+from .files import EMBEDDED
 from .inspect import human_bytes
 
 __all__ = ["catalogue", "run"]
@@ -112,22 +113,15 @@ def _as_text(facts: dict[str, list[dict[str, Any]]]) -> str:
     editors = [row["name"] for row in facts["models"] if not row["draws_from_text"]]
     return "\n".join(
         (
-            *_table(("MODEL", "FILE", "SIZE", "BF16", "STEPS", "GUIDANCE", "NEEDS", "LICENCE"), models),
+            *table(("MODEL", "FILE", "SIZE", "BF16", "STEPS", "GUIDANCE", "NEEDS", "LICENCE"), models),
             "",
-            *_table(("PART", "FILE", "SIZE", "BF16", "KIND", "FROM"), parts),
+            *table(("PART", "FILE", "SIZE", "BF16", "KIND", "FROM"), parts),
             "",
             f"{', '.join(editors)} edit or follow a picture; `generate` draws from text and does not run them.",
             "Real models also need tokenizers: CLIP's vocab.json and merges.txt, and T5's tokenizer.json "
             f"(the folders tokenizer and tokenizer_2 of {PAGES['tokenizers']}).",
         )
     )
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]
 
 
 def _count(parameters: int) -> str:

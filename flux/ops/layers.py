@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .linear import Linear
+from .packed import Embedding, Linear
 
 __all__ = ["TORCH_LAYERS", "Layers", "on_meta"]
 
@@ -31,7 +31,8 @@ class Layers(Protocol):
     def LayerNorm(self) -> Callable[..., nn.Module]: ...  # noqa: D102, N802
 
 
-TORCH_LAYERS = cast(Layers, SimpleNamespace(Linear=Linear, Embedding=nn.Embedding, LayerNorm=nn.LayerNorm))
+INIT = nn.init.__name__
+TORCH_LAYERS = cast(Layers, SimpleNamespace(Linear=Linear, Embedding=Embedding, LayerNorm=nn.LayerNorm))
 
 
 @contextmanager
@@ -54,7 +55,7 @@ class _WithoutInit(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = dict(kwargs or {})
-        if getattr(func, "__module__", None) == nn.init.__name__:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == INIT:
             return args[0] if args else given["tensor"]
         return func(*args, **given)

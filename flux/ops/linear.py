@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Linear", "linear"]
+__all__ = ["linear"]
 
 PLAIN: tuple[str, list[float], str] = ("none", [], "")  # no activation behind the product
 SMALLEST = 256 * 256  # weights in a matrix from which on oneDNN's longer way to its kernel is paid back
@@ -66,11 +66,3 @@ def _suits_one_dnn(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and type(weight) in (Tensor, nn.Parameter)
     )
-
-
-class Linear(nn.Linear):
-    """``torch.nn.Linear`` that computes by ``linear``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs (..., N) of inputs (..., K)."""
-        return linear(x, self.weight, self.bias)

@@ -5,15 +5,16 @@ Opening a part reads headers only; its weights come when a stage needs them and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from ..errors import FileError
+from ..memory.available import available_bytes
 from ..memory.residency import Residency, Watch
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
@@ -22,29 +23,42 @@ from ..models.text.t5 import T5Encoder
 from ..ops.dtypes import compute_dtype, fast_dtype
 from ..ops.layers import on_meta
 from ..specs.autoencoder import AutoencoderSpec
+from ..specs.fit import Given, check_fit, check_kind, faults_between
 from ..specs.flux1 import Flux1Spec
-from ..specs.recognise import Recognised, recognise_kind
+from ..specs.recognition import Recognised
 from ..specs.text import ClipTextSpec, T5Spec
-from ..weights.readers.safetensors import DTYPES, SafetensorsFile, TensorEntry
+from ..weights.binding import Binding, bind
+from ..weights.checkpoints import FilePart, read_parts
+from ..weights.library import given_files, model_files_in
+from ..weights.sources import Checkpoint, open_checkpoint
 
 __all__ = [
-    "Part", "open_autoencoder", "open_clip", "open_t5", "open_transformer",
+    "KEEPS", "BoundPart", "Part", "bind_part", "check_beside", "find_part", "open_autoencoder", "open_clip", "open_t5",
+    "open_transformer",
 ]  # fmt: skip
 
 Spec = TypeVar("Spec")
 Module = TypeVar("Module", bound=nn.Module)
 
-ALIASES = ((".scale", ".weight"), ("shared.weight", "encoder.embed_tokens.weight"))  # ours, and another name for it
-IGNORED_ENDINGS = (".position_ids", "text_projection.weight", "encoder.embed_tokens.weight", "logit_scale")
-SCALE_ENDINGS = ("scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
-SHOWN = 3  # names that a message lists
+KEEPS = ("auto", "numbers", "packed")
+UNKNOWN = "of no kind that is known here"
+SHARE_FOR_NUMBERS = 0.5  # of the memory that is left, which unpacked weights may take without being asked for
 
 
 class Part(Generic[Spec, Module]):
     """A spec, its module on the meta device, and the weights' residency."""
 
-    def __init__(self, spec: Spec, module: Module, residency: Residency, path: Path, notes: tuple[str, ...]) -> None:
-        self.spec, self.module, self.residency, self.path, self.notes = spec, module, residency, path, notes
+    def __init__(self, spec: Spec, module: Module, residency: Residency, given: Given) -> None:
+        self.spec, self.module, self.residency, self.given = spec, module, residency, given
+
+    @property
+    def path(self) -> Path:
+        return self.given.path
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed of the file."""
+        return self.given.found.notes
 
     @property
     def device(self) -> torch.device:
@@ -67,20 +81,28 @@ class Part(Generic[Spec, Module]):
             self.residency.release()
 
 
-def open_transformer(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Part[Flux1Spec, Flux1]:
-    """Open a FLUX.1 transformer file.
+def open_transformer(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    variant: str | None = None,
+    keep: str = "auto",
+) -> Part[Flux1Spec, Flux1]:
+    """Open a FLUX.1 transformer.
 
     Args:
-        path: A safetensors file in Black Forest Labs' names, with or without a prefix.
+        path: A safetensors or GGUF file, the index of several, or their folder.
         device: Where it will run.
-        dtype: Of its weights there; chosen by the device when None.
+        dtype: Of its numbers there; chosen by the device when None.
+        variant: What it is, where its tensors cannot tell: the name of a spec.
+        keep: Whether its weights are in memory as "numbers", or "packed" as they are stored and unpacked layer by layer
+            as they are used; "auto" packs those that would not fit otherwise.
 
     Raises:
         UserError: The file is missing, damaged, or something else.
     """
-    file, found = _recognised(path, "transformer")
-    assert isinstance(found.spec, Flux1Spec)
-    return _bind(found.spec, Flux1, file, found, device, dtype)
+    return _open(path, "transformer", Flux1, device, dtype, variant=variant, keep=keep)
 
 
 def open_autoencoder(
@@ -89,81 +111,129 @@ def open_autoencoder(
     """Open a FLUX.1 autoencoder file; see ``open_transformer``. It runs in fp32 where others run in fp16."""
     if dtype is None and fast_dtype(device) == torch.float16:
         dtype = torch.float32  # FLUX.1's activations leave fp16's range
-    file, found = _recognised(path, "autoencoder")
-    assert isinstance(found.spec, AutoencoderSpec)
-    return _bind(found.spec, Autoencoder, file, found, device, dtype)
+    return _open(path, "autoencoder", Autoencoder, device, dtype)
 
 
 def open_clip(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Part[ClipTextSpec, ClipText]:
     """Open a CLIP text encoder file; see ``open_transformer``."""
-    file, found = _recognised(path, "clip")
-    assert isinstance(found.spec, ClipTextSpec)
-    return _bind(found.spec, ClipText, file, found, device, dtype)
+    return _open(path, "clip", ClipText, device, dtype)
 
 
-def open_t5(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Part[T5Spec, T5Encoder]:
+def open_t5(
+    path: Path, device: torch.device, dtype: torch.dtype | None = None, *, keep: str = "auto"
+) -> Part[T5Spec, T5Encoder]:
     """Open a T5 encoder file; see ``open_transformer``."""
-    file, found = _recognised(path, "t5")
-    assert isinstance(found.spec, T5Spec)
-    return _bind(found.spec, T5Encoder, file, found, device, dtype)
+    return _open(path, "t5", T5Encoder, device, dtype, keep=keep)
 
 
-def _recognised(path: Path, kind: str) -> tuple[SafetensorsFile, Recognised]:
-    file = SafetensorsFile(path)
-    return file, recognise_kind(kind, file, path.name, file.metadata)
+@dataclass(frozen=True)
+class BoundPart:
+    """One part of a file, every parameter of its module bound to what it is made of.
+
+    Attributes:
+        recognised: What it is.
+        checkpoint: The file.
+        module: On the meta device.
+        bindings: By the parameters' names.
+    """
+
+    recognised: Recognised
+    checkpoint: Checkpoint
+    module: Any
+    bindings: dict[str, Binding]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers."""
+        return sum(binding.parameters for binding in self.bindings.values())
 
 
-def _bind(
-    spec: Spec,
-    build: Callable[[Spec], Module],
-    file: SafetensorsFile,
-    found: Recognised,
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> Part[Spec, Module]:
-    with on_meta():
-        module = build(spec)
-    module.eval()
-    names = match_names(module, file, found.prefix, file.path.name)
-    chosen = dtype or compute_dtype(device, sum(p.numel() for p in module.parameters()))
-    residency = Residency(module, names, file.read, device=device, dtype=chosen, label=file.path.name)
-    return Part(spec, module, residency, file.path, found.notes)
+def bind_part(
+    path: Path,
+    kind: str,
+    build: Callable[[Any], nn.Module],
+    variant: str | None = None,
+    candidates: Callable[[], Sequence[Given]] | None = None,
+) -> BoundPart:
+    """Open a file by its header, and bind one of its parts to a module's parameters.
 
-
-def match_names(module: nn.Module, file: Mapping[str, TensorEntry], prefix: str, label: str) -> dict[str, str]:
-    """For each parameter of ``module`` the name of its tensor in ``file``.
+    Args:
+        path: See ``open_transformer``.
+        kind: "transformer", "autoencoder", "clip" or "t5".
+        build: Makes the module of a spec.
+        variant: See ``open_transformer``.
+        candidates: Asked, where the file is something else, for the user's files, of which those that fit are named;
+            those beside it when None.
 
     Raises:
-        FileError: A parameter has no tensor, or one of another shape or of whole numbers, or a tensor below the prefix
-            belongs to none.
+        UserError: The file is missing, damaged, or something else; or a tensor is missing, unknown, or misshapen.
     """
-    names: dict[str, str] = {}
-    missing: list[str] = []
-    misshapen: list[str] = []
-    packed: list[str] = []
-    for name, parameter in module.named_parameters():
-        choices = [name, *(name.removesuffix(ours) + theirs for ours, theirs in ALIASES if name.endswith(ours))]
-        found = next((prefix + c for c in choices if prefix + c in file), None)
-        if found is None:
-            missing.append(name)
-            continue
-        names[name] = found
-        if file[found].dtype in DTYPES and not DTYPES[file[found].dtype].is_floating_point:
-            packed.append(f"{found} as {file[found].dtype}")
-        if tuple(file[found].shape) != tuple(parameter.shape):
-            misshapen.append(f"{found} {list(file[found].shape)} in place of {list(parameter.shape)}")
-    taken = set(names.values())
-    unknown = [n for n in file if n.startswith(prefix) and n not in taken and not n.endswith(IGNORED_ENDINGS)]
-    scales = [n for n in unknown if n.endswith(SCALE_ENDINGS)]
-    whole, plain = "use a whole file of this model in its own layout", "use the model's bf16 release"
-    for fault, listed, way_out in (
-        ("stores numbers with scales (scaled fp8 or fp4), which this version does not unpack", scales, plain),
-        ("lacks tensors", missing, whole),
-        ("has unknown tensors", unknown, whole),
-        ("has tensors of another shape", misshapen, whole),
-        ("stores whole numbers, which this version does not unpack", packed, plain),
-    ):
-        if listed:
-            shown = ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
-            raise FileError(f"{label} {fault}: {shown}; {way_out}")
-    return names
+    checkpoint, part = find_part(path, kind, variant, candidates)
+    with on_meta():
+        module = build(part.recognised.spec)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    bindings = bind(part.whole_plan(), checkpoint, shapes, checkpoint.path.name)
+    return BoundPart(part.recognised, checkpoint, module.eval(), bindings)
+
+
+def find_part(
+    path: Path,
+    kind: str,
+    variant: str | None = None,
+    candidates: Callable[[], Sequence[Given]] | None = None,
+) -> tuple[Checkpoint, FilePart]:
+    """Open a file by its header, and find one of its parts; see ``bind_part``."""
+    checkpoint = open_checkpoint(path)
+    parts = read_parts(checkpoint, variant)
+    found = next((part for part in parts if part.kind == kind), None)
+    if found is not None and found.recognised.runs:
+        return checkpoint, found
+    own = candidates or (lambda: given_files(model_files_in(checkpoint.path.parent)))
+    what = [part.recognised for part in parts] if found is None else [found.recognised]
+    check_kind(Given(checkpoint.path, joined(what)), kind, own())
+    raise AssertionError("a part that is not run was taken for one that is")
+
+
+def check_beside(transformer: Given, others: Sequence[Given]) -> None:
+    """``check_fit``, with what lies in the folders of these files as candidates.
+
+    Raises:
+        MismatchError: One of ``others`` does not fit.
+    """
+    if faults_between(transformer, others):
+        folders = dict.fromkeys(own.path.parent for own in (transformer, *others))
+        check_fit(transformer, others, given_files(path for folder in folders for path in model_files_in(folder)))
+
+
+def joined(found: Sequence[Recognised]) -> Recognised:
+    """What a file is as a whole, for messages."""
+    if len(found) == 1:
+        return found[0]
+    return Recognised("foreign", " and ".join(part.title for part in found) or UNKNOWN, runs=False)
+
+
+def _open(
+    path: Path,
+    kind: str,
+    build: Callable[[Any], Module],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    variant: str | None = None,
+    keep: str = "auto",
+) -> Part[Any, Module]:
+    assert keep in KEEPS
+    bound = bind_part(path, kind, build, variant)
+    chosen = dtype or compute_dtype(device, bound.parameters)
+    packs = keep == "packed" or (keep == "auto" and _packs(bound, device, chosen))
+    residency = Residency(bound.module, bound.bindings, device=device, dtype=chosen, keeps_packed=packs)
+    return Part(bound.recognised.spec, bound.module, residency, Given(bound.checkpoint.path, bound.recognised))
+
+
+def _packs(bound: BoundPart, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights stay packed: where their numbers would take too much, or the device multiplies them so."""
+    if bound.parameters * dtype.itemsize > SHARE_FOR_NUMBERS * available_bytes(device):
+        return True
+    return device.type == "cuda" and any(
+        source.format.product is not None for binding in bound.bindings.values() for source in binding.sources.values()
+    )

@@ -9,16 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError
 from ..memory.residency import Watch
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
-from ..specs.flux1 import Flux1Spec
+from ..specs.fit import Given
 from ..specs.text import ClipTextSpec, T5Spec
 from ..weights.readers.tokenizer import ClipTokenizer, T5Tokenizer, TokenIds, read_clip_tokenizer, read_t5_tokenizer
-from .parts import Part, open_clip, open_t5
+from .parts import Part, check_beside, open_clip, open_t5
 
-__all__ = ["EncodedPrompt", "TextEncoders", "check_encoders", "cut_sentences", "open_text_encoders"]
+__all__ = ["EncodedPrompt", "TextEncoders", "cut_sentences", "open_text_encoders"]
 
 Warn = Callable[[str], None]
 PROMPT = "prompt"
@@ -117,20 +116,6 @@ def _cut_sentence(title: str, encoder: str, ids: TokenIds, marks: int) -> str:
     return f"the {title} has {room + ids.cut} tokens, {encoder} takes {room}: the last {ids.cut} were left out"
 
 
-def check_encoders(spec: Flux1Spec, clip: Part[ClipTextSpec, ClipText], t5: Part[T5Spec, T5Encoder]) -> None:
-    """Refuse encoders of another model's width.
-
-    Raises:
-        MismatchError: Their widths are not those that the transformer takes.
-    """
-    widths = (t5.spec.width, clip.spec.width)
-    if widths != (spec.context_width, spec.pooled_width):
-        raise MismatchError(
-            f"{spec.title} takes text of width {spec.context_width} and {spec.pooled_width}, but {t5.path.name} and "
-            f"{clip.path.name} give {widths[0]} and {widths[1]}; choose {' and '.join(spec.text_encoders)}"
-        )
-
-
 def open_text_encoders(
     clip_path: Path,
     t5_path: Path,
@@ -138,7 +123,7 @@ def open_text_encoders(
     t5_tokenizer: Path,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    transformer: Flux1Spec | None = None,
+    transformer: Given | None = None,
 ) -> TextEncoders:
     """Open both encoders and read their tokenizers; ``transformer`` is what they must fit, if that is known.
 
@@ -147,7 +132,7 @@ def open_text_encoders(
     """
     clip, t5 = open_clip(clip_path, device, dtype), open_t5(t5_path, device, dtype)
     if transformer is not None:
-        check_encoders(transformer, clip, t5)
+        check_beside(transformer, (clip.given, t5.given))
     return TextEncoders(
         clip, t5, read_clip_tokenizer(clip_tokenizer, clip.spec), read_t5_tokenizer(t5_tokenizer, t5.spec)
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError, NumericError, UserError
+from ..errors import NumericError, UserError
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..sampling.noise import NOISE_STYLES, draw_noise, image_seeds
@@ -19,8 +19,8 @@ from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
 from .denoising import Hooks, prepared, walk
-from .parts import Part
-from .prompts import EncodedPrompt, TextEncoders, check_encoders
+from .parts import Part, check_beside
+from .prompts import EncodedPrompt, TextEncoders
 
 __all__ = [
     "NOISES",
@@ -53,13 +53,7 @@ class FluxModel:
     autoencoder: Part[AutoencoderSpec, Autoencoder]
 
     def __post_init__(self) -> None:
-        spec = self.transformer.spec
-        if self.autoencoder.spec.name != spec.autoencoder:
-            raise MismatchError(
-                f"{self.autoencoder.path.name} is the autoencoder {self.autoencoder.spec.name}, but {spec.title} works "
-                f"with {spec.autoencoder}; choose that one"
-            )
-        check_encoders(spec, self.text.clip, self.text.t5)
+        check_beside(self.transformer.given, (self.autoencoder.given, self.text.clip.given, self.text.t5.given))
 
 
 @dataclass(frozen=True, kw_only=True)

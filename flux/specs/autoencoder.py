@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["AUTOENCODERS", "AutoencoderSpec"]
+__all__ = ["AUTOENCODERS", "RECOGNISED_AUTOENCODERS", "AutoencoderSpec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class AutoencoderSpec:
         norm_groups: Groups of every GroupNorm.
         scale: Factor of ``z = scale * (mean - shift)``.
         shift: Offset of the same.
+        batch_norm: Whether the latent is normalised by a mean and a variance for each channel of its 2x2 patches, which
+            the weights hold, in place of scale and shift, and stands between two 1x1 convolutions.
     """
 
     name: str
@@ -32,6 +34,7 @@ class AutoencoderSpec:
     norm_groups: int
     scale: float
     shift: float
+    batch_norm: bool = False
 
     @property
     def downscale(self) -> int:
@@ -59,4 +62,7 @@ MINI = replace(
     norm_groups=8,
 )
 
+FLUX2 = replace(FLUX1, name="flux2-vae", latent_channels=32, scale=1.0, shift=0.0, batch_norm=True)
+
 AUTOENCODERS: dict[str, AutoencoderSpec] = {spec.name: spec for spec in (FLUX1, MINI)}
+RECOGNISED_AUTOENCODERS: dict[str, AutoencoderSpec] = {**AUTOENCODERS, FLUX2.name: FLUX2}  # the last is not run yet

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ...flux.models.text.clip import ClipText
 from ...flux.models.text.t5 import T5Encoder
 from ...flux.pipelines.prompts import cut_sentences
 from ...flux.specs.text import CLIP_MINI, T5_MINI, ClipTextSpec, T5Spec
+from ...flux.weights.packed import Packed
 from ...flux.weights.readers.tokenizer import (
     ClipTokenizer,
     T5Tokenizer,
@@ -30,12 +31,14 @@ from ...flux.weights.readers.tokenizer import (
     read_t5_tokenizer,
 )
 from .compat import asked_text_dtype, patch, register_reload, to_intermediate
+from .packed import PackedPatcher, pack_layers, packed_state
 from .progress import say
 from .weights import HostLayers, Numbers, Weights, choose_numbers, open_weights
 
 __all__ = ["HostTextEncoders", "HostTokenizer", "load_clip", "real_or_embedded_tokenizers"]
 
 WeightedTokens = list[tuple[int, float]]
+Packings = Mapping[str, Packed]
 TITLES = {"l": "CLIP-L", "t5xxl": "T5"}
 NAMES = {"l": "clip_l", "t5xxl": "t5xxl"}  # the host's names of tokens, and of modules (LoRA nodes look for these)
 
@@ -162,15 +165,21 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
     device = comfy.model_management.text_encoder_device()
     numbers = [_numbers(weights, device) for weights in parts]
     target = comfy.supported_models_base.ClipTarget(partial(real_or_embedded_tokenizers, *specs, t5_length), _build)
-    target.params = {"parts": tuple(zip(specs, numbers, strict=True))}
+    packed = [weights.packed(weights.packed_layers) for weights in parts]
+    target.params = {"parts": tuple(zip(specs, numbers, packed, strict=True))}
     offload = comfy.model_management.text_encoder_offload_device()
     result = comfy.sd.CLIP(
         target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=sum(weights.parameters for weights in parts),
-        state_dict=[weights.read(own.weights) for weights, own in zip(parts, numbers, strict=True)],
+        state_dict=[
+            weights.read(own.weights, without=layers) | packed_state(layers, device)
+            for weights, own, layers in zip(parts, numbers, packed, strict=True)
+        ],
         model_options={"initial_device": offload} if offload != device else {},
     )
+    if any(packed):
+        result.patcher = _packed_patcher(result.patcher)
     register_reload(result.patcher, load_clip_patcher, clip_path, t5_path, t5_length)
     return result
 
@@ -178,7 +187,17 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
 def load_clip_patcher(clip_path: str, t5_path: str, t5_length: int, disable_dynamic: bool = False) -> Any:
     """The patcher of ``load_clip``, which the host asks for when it loads the encoders again."""
     patcher = load_clip(clip_path, t5_path, t5_length).patcher
-    return patch(patcher.model, patcher.load_device, patcher.offload_device, plain=True) if disable_dynamic else patcher
+    if isinstance(patcher, PackedPatcher) or not disable_dynamic:
+        return patcher
+    return patch(patcher.model, patcher.load_device, patcher.offload_device, plain=True)
+
+
+def _packed_patcher(patcher: Any) -> PackedPatcher:
+    """In place of the patcher that the host gave its CLIP, one for packed layers."""
+    own = PackedPatcher(patcher.model, load_device=patcher.load_device, offload_device=patcher.offload_device)
+    own.object_patches, own.force_cast_weights = patcher.object_patches, patcher.force_cast_weights
+    own.hook_mode, own.is_clip = patcher.hook_mode, patcher.is_clip
+    return own
 
 
 def _numbers(weights: Weights, device: torch.device) -> Numbers:
@@ -191,11 +210,15 @@ def _numbers(weights: Weights, device: torch.device) -> Numbers:
     return Numbers(asked_text_dtype(device) or weights.stored, torch.float32)
 
 
-def _build(parts: tuple[tuple[ClipTextSpec, Numbers], tuple[T5Spec, Numbers]], **_: Any) -> HostTextEncoders:
-    """Both modules, without weights, of layers that cast theirs."""
-    (clip_spec, clip_numbers), (t5_spec, t5_numbers) = parts
+def _build(
+    parts: tuple[tuple[ClipTextSpec, Numbers, Packings], tuple[T5Spec, Numbers, Packings]], **_: Any
+) -> HostTextEncoders:
+    """Both modules, without weights, of layers that cast or unpack theirs."""
+    (clip_spec, clip_numbers, clip_packed), (t5_spec, t5_numbers, t5_packed) = parts
     clip = ClipText(clip_spec, HostLayers(comfy.ops.manual_cast, clip_numbers))
     t5 = T5Encoder(t5_spec, HostLayers(comfy.ops.manual_cast, t5_numbers))
+    pack_layers(clip, clip_packed, clip_numbers.weights)
+    pack_layers(t5, t5_packed, t5_numbers.weights)
     module = HostTextEncoders(clip, t5, {clip_numbers.weights, t5_numbers.weights})
     return module.eval().requires_grad_(False)
 

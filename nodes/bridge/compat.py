@@ -5,8 +5,9 @@ Each function does what a recent host does and falls back where an older one lac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.cli_args
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "archive_dtypes", "asked_text_dtype", "cast_once", "fit_empty_latent", "is_dynamic", "latent_ratio", "patch",
-    "register_reload", "to_intermediate",
+    "archive_dtypes", "asked_text_dtype", "brought", "cast_once", "fit_empty_latent", "is_dynamic", "latent_ratio",
+    "patch", "register_reload", "to_intermediate",
 ]  # fmt: skip
 
 
@@ -79,6 +80,26 @@ def cast_once(layer: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]
         yield weight, bias
     finally:
         comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+
+
+@contextmanager
+def brought(tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Tensors on a device for the length of a block; those that rest elsewhere come on one of the host's streams."""
+    management = comfy.model_management
+    if all(tensor.device == device for tensor in tensors.values()):
+        yield dict(tensors)
+        return
+    stream = management.get_offload_stream(device)
+    move = partial(
+        management.cast_to, device=device, non_blocking=management.device_supports_non_blocking(device), stream=stream
+    )
+    there = {name: move(tensor) for name, tensor in tensors.items()}
+    management.sync_stream(device, stream)
+    try:
+        yield there
+    finally:
+        if stream is not None:  # so that their memory is not taken again before the work on them is done
+            stream.wait_stream(management.current_stream(device))
 
 
 def to_intermediate(tensor: Tensor) -> Tensor:

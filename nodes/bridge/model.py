@@ -25,6 +25,7 @@ from ...flux.specs.flux1 import Flux1Spec
 from ...flux.weights.readers.safetensors import SafetensorsFile
 from .compat import archive_dtypes, is_dynamic, patch, register_reload
 from .conditioning import check_widths
+from .packed import PackedLinear, PackedPatcher, pack_layers, packed_state
 from .transformer import WRAPPERS, HostFlux1, sample_with_table
 from .weights import HostLayers, Numbers, choose_numbers, open_weights
 
@@ -58,6 +59,12 @@ class FoundryFlux(comfy.model_base.Flux):
         self.diffusion_model.eval().requires_grad_(False)
         archive_dtypes(self.diffusion_model)
 
+    def memory_required(self, *args: Any, **kwargs: Any) -> float:
+        """Working memory in bytes: the host's estimate, and the numbers of the largest packed layer."""
+        layers = (layer for layer in self.diffusion_model.modules() if isinstance(layer, PackedLinear))
+        needed: float = super().memory_required(*args, **kwargs)
+        return needed + max((layer.unpacked_bytes for layer in layers), default=0)
+
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """The host's inputs of the denoiser, after a look at whether the text was encoded for this model."""
         check_widths(self.spec, kwargs.get("cross_attn"), kwargs.get("pooled_output"))
@@ -65,28 +72,35 @@ class FoundryFlux(comfy.model_base.Flux):
         return super().extra_conds(**kwargs)
 
 
-def load_model(path: str, dtype: str = "auto", disable_dynamic: bool = False) -> Any:
+def load_model(path: str, dtype: str = "auto", variant: str | None = None, disable_dynamic: bool = False) -> Any:
     """Load a transformer as the host's patcher.
 
     Args:
-        path: A safetensors file in Black Forest Labs' names.
-        dtype: Of the weights: "auto", "bf16", "fp16" or "fp32".
+        path: A safetensors or GGUF file, or the index of several.
+        dtype: Of the weights: "bf16", "fp16" or "fp32"; or "auto", which leaves packed ones packed.
+        variant: What it is, where its tensors cannot tell: the name of a spec.
         disable_dynamic: Leave the host's dynamic VRAM out, which the host asks for when it loads the model again.
 
     Raises:
         UserError: The file is missing, damaged or something else.
     """
-    weights = open_weights(Path(path), "transformer", Flux1)
+    weights = open_weights(Path(path), "transformer", Flux1, variant)
     device = comfy.model_management.get_torch_device()
     numbers = choose_numbers(weights, device, dtype)
+    packed = weights.packed(weights.packed_layers) if dtype == "auto" else {}
     model = FoundryFlux(weights.spec, numbers)
-    patcher = patch(model, device, comfy.model_management.unet_offload_device(), plain=disable_dynamic)
-    dynamic = is_dynamic(patcher)
-    state = weights.read(weights.stored if dynamic and dtype == "auto" else numbers.weights)
+    offload = comfy.model_management.unet_offload_device()
+    if packed:
+        pack_layers(model.diffusion_model, packed, numbers.weights)
+        patcher = PackedPatcher(model, load_device=device, offload_device=offload)
+    else:
+        patcher = patch(model, device, offload, plain=disable_dynamic)
+    kept = weights.stored if is_dynamic(patcher) and dtype == "auto" else numbers.weights
+    state = weights.read(kept, without=packed) | packed_state(packed, device)
     model.diffusion_model.load_state_dict(state, assign=True)
     model.diffusion_model.requires_grad_(False)
     patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry", sample_with_table)
-    register_reload(patcher, load_model, path, dtype)
+    register_reload(patcher, load_model, path, dtype, variant)
     return patcher
 
 

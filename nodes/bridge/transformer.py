@@ -13,7 +13,6 @@ from typing import Any
 import comfy.patcher_extension
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...flux.errors import UserError
 from ...flux.models.flux1 import Conditions, Flux1, Modulations
@@ -22,7 +21,7 @@ from ...flux.pipelines.modulation_tables import tabulate
 from ...flux.sampling.packing import PATCH, pack, pad_to_patch, token_grid, unpack
 from ...flux.specs.flux1 import Flux1Spec
 from .blocks import is_patched, run_patched
-from .compat import cast_once
+from .packed import lend
 from .progress import check_cancelled
 from .weights import HostLayers
 
@@ -174,8 +173,8 @@ class HostFlux1(Flux1):
         Before it the user may stop the run.
         """
         check_cancelled()
-        with cast_once(self.get_submodule(prefix), like) as (weight, bias):
-            yield lambda vector: F.linear(vector, weight, bias)
+        with lend(self.get_submodule(prefix), like) as product:
+            yield product
 
 
 def scaled_ids(ids: Tensor, options: Mapping[str, float]) -> Tensor:

@@ -97,7 +97,7 @@ def load_vae(path: str, disable_dynamic: bool = False) -> FoundryVAE:
     """Load an autoencoder as the host's VAE.
 
     Args:
-        path: A safetensors file in Black Forest Labs' names.
+        path: A safetensors or GGUF file, or the index of several.
         disable_dynamic: Takes no effect: it never uses dynamic VRAM.
 
     Raises:

@@ -1,15 +1,17 @@
 """Files to state dicts for modules that are built from the host's layers.
 
-The engine reads and judges the header; the tensors come through the host, which maps the file into memory and, with
-dynamic VRAM, reads them only when they are used.
+The engine reads and judges the header and binds every parameter to what it is made of. Plain tensors of safetensors
+files come through the host: it maps the file so that it may be written to, and with dynamic VRAM reads it only when it
+is used. Everything else comes from the engine's sources, packed or as numbers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...flux.errors import FileError
 from ...flux.ops.dtypes import SMALL_MODEL, compute_dtype
-from ...flux.pipelines.parts import match_names
-from ...flux.specs.recognise import recognise_kind
-from ...flux.weights.readers.safetensors import DTYPES, SafetensorsFile
+from ...flux.ops.packed import Linear
+from ...flux.pipelines.parts import BoundPart, bind_part
+from ...flux.weights.binding import Binding
+from ...flux.weights.packed import Packed
 
 __all__ = ["HostLayers", "Numbers", "Weights", "choose_numbers", "open_weights"]
 
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 NAMED = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by format's name
+UNPACKED = torch.bfloat16  # what a packed weight counts as where a dtype is chosen: it was made from such numbers
+HOST_SUFFIXES = (".safetensors", ".sft")  # that the host opens without a pickle
 
 
 @dataclass(frozen=True)
@@ -82,66 +87,113 @@ class HostLayers:
 
 @dataclass(frozen=True)
 class Weights:
-    """One recognised part of a file, bound to the parameters of a module.
+    """One recognised part of a file, bound to the parameters of a module."""
 
-    Attributes:
-        spec: What it is.
-        path: The file.
-        metadata: Of its header.
-        names: For each parameter the tensor's name in the file.
-        stored: The dtype that most of its numbers have.
-        parameters: How many numbers.
-    """
+    bound: BoundPart
 
-    spec: Any
-    path: Path
-    metadata: dict[str, str]
-    names: dict[str, str]
-    stored: torch.dtype
-    parameters: int
+    @property
+    def spec(self) -> Any:
+        """What it is."""
+        return self.bound.recognised.spec
 
-    def read(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The module's state dict; numbers of another width than ``dtype`` are converted."""
-        tensors = comfy.utils.load_torch_file(str(self.path), safe_load=True)
-        state = {name: tensors[source] for name, source in self.names.items()}
-        return {name: t if t.dtype == dtype else t.to(dtype) for name, t in state.items()}
+    @property
+    def parameters(self) -> int:
+        """How many numbers."""
+        return self.bound.parameters
+
+    @cached_property
+    def stored(self) -> torch.dtype:
+        """The dtype that most of its numbers have, or are unpacked to."""
+        counts: Counter[torch.dtype] = Counter()
+        for binding in self.bound.bindings.values():
+            [(commonest, _)] = Counter(_dtype(source.format.name) for source in binding.sources.values()).most_common(1)
+            counts[commonest] += binding.parameters
+        return counts.most_common(1)[0][0]
+
+    @cached_property
+    def packed_layers(self) -> tuple[str, ...]:
+        """Linear layers whose weights are stored as something else than plain floats."""
+        return tuple(
+            name
+            for name, layer in self.bound.module.named_modules()
+            if isinstance(layer, Linear) and not _is_plain(self.bound.bindings[f"{name}.weight"])
+        )
+
+    def packed(self, layers: Collection[str]) -> dict[str, Packed]:
+        """The weights of some layers as they are stored: views of the mapped file, never to be written to."""
+        return {name: self.bound.bindings[f"{name}.weight"].packed() for name in layers}
+
+    def read(self, dtype: torch.dtype, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """The module's state dict, of tensors that may be written to.
+
+        Args:
+            dtype: That numbers of another width are converted to.
+            without: Layers whose weights are left out.
+        """
+        left = {f"{name}.weight" for name in without}
+        wanted = {name: binding for name, binding in self.bound.bindings.items() if name not in left}
+        through_host = {name: binding for name, binding in wanted.items() if self._suits_host(binding)}
+        tensors = self._host_tensors() if through_host else {}
+        state = {}
+        for name, binding in wanted.items():
+            if name in through_host:
+                state[name] = tensors[next(iter(binding.sources))].to(dtype)
+            else:
+                state[name] = _own_numbers(binding, dtype)
+        return state
+
+    def _suits_host(self, binding: Binding) -> bool:
+        """Whether a stored tensor serves as it is, in a file that the host opens as we do."""
+        files = self.bound.checkpoint.files
+        return (
+            binding.recipe.only_renames
+            and _is_plain(binding)
+            and all(file.suffix.lower() in HOST_SUFFIXES for file in files)
+            and not self.bound.checkpoint.is_gguf
+        )
+
+    def _host_tensors(self) -> Mapping[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for file in self.bound.checkpoint.files:
+            tensors |= comfy.utils.load_torch_file(str(file), safe_load=True)
+        return tensors
 
 
-def open_weights(path: Path, kind: str, build: Callable[[Any], nn.Module]) -> Weights:
+def _dtype(format_name: str) -> torch.dtype:
+    return PLAIN.get(format_name, UNPACKED)
+
+
+def _is_plain(binding: Binding) -> bool:
+    return all(source.format.name in PLAIN for source in binding.sources.values())
+
+
+def _own_numbers(binding: Binding, dtype: torch.dtype) -> Tensor:
+    """A parameter's numbers, copied where they would be a view of the mapped file, which may not be written to."""
+    numbers = binding.numbers(dtype)
+    alone = len(binding.sources) == 1 and _is_plain(binding)
+    return numbers.clone() if alone and _dtype(next(iter(binding.sources.values())).format.name) == dtype else numbers
+
+
+def open_weights(path: Path, kind: str, build: Callable[[Any], nn.Module], variant: str | None = None) -> Weights:
     """Recognise a part of a file from its header and match it with its module's parameters.
 
     Args:
-        path: A safetensors file.
-        kind: What it has to be: a kind of ``specs.recognise``.
-        build: Makes the module of a spec.
+        path: A safetensors or GGUF file, or the index of several.
+        kind: What it has to be: "transformer", "autoencoder", "clip" or "t5".
+        build: Makes the module of a spec, of the engine's own layers.
+        variant: What it is, where its tensors cannot tell: the name of a spec.
 
     Raises:
         UserError: The file is missing, damaged or something else; the message names it.
     """
-    file = SafetensorsFile(path)
-    found = recognise_kind(kind, file, path.name, file.metadata)
-    for note in found.notes:
+    bound = bind_part(path, kind, build, variant)
+    for note in bound.recognised.notes:
         logger.info("FLUX Foundry: %s: %s", path.name, note)
-    with torch.device("meta"):
-        skeleton = build(found.spec)
-    names = match_names(skeleton, file, found.prefix, path.name)
-    counts: Counter[str] = Counter()
-    for name, parameter in skeleton.named_parameters():
-        entry = file[names[name]]
-        if tuple(entry.shape) != tuple(parameter.shape):
-            raise FileError(
-                f"{path.name}: tensor {names[name]} has shape {tuple(entry.shape)}, {tuple(parameter.shape)} was "
-                "expected; use the model's own release"
-            )
-        if entry.dtype not in DTYPES:
-            raise FileError(f"{path.name}: tensor {names[name]} is stored as {entry.dtype}, which is not read here")
-        counts[entry.dtype] += parameter.numel()
-    stored = DTYPES[counts.most_common(1)[0][0]]
-    return Weights(found.spec, path, dict(file.metadata), names, stored, counts.total())
+    return Weights(bound)
 
 
 def choose_numbers(weights: Weights, device: torch.device, wanted: str = "auto") -> Numbers:
-    """What to keep the weights in and what to compute with.
+    """What to keep the weights in and what to compute with; for packed ones, what they are unpacked to.
 
     On a CPU small models become fp32 whole, and large ones are widened layer by layer to what it computes fast; on
     other devices the host decides.

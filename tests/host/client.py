@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACK = "fluxfoundry"
 START_SECONDS = 300
 RUN_SECONDS = 300
-FOLDERS = ("custom_nodes", "input", "output", "temp", "user", "models/diffusion_models", "models/loras")
+MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
+FOLDERS = ("custom_nodes", "input", "output", "temp", "user", *(f"models/{name}" for name in MODEL_FOLDERS))
 Prompt = dict[str, dict[str, Any]]
 
 

@@ -21,7 +21,7 @@ def test_every_node_with_a_help_page_is_listed_and_no_other(info: dict) -> None:
 def test_the_host_passes_on_category_and_tooltips(info: dict, name: str) -> None:
     entry = info[name]
     assert entry["category"].startswith("FLUX Foundry/")
-    inputs = [spec for group in entry["input"].values() for spec in group.values()]
+    inputs = [spec for group in ("required", "optional") for spec in entry["input"].get(group, {}).values()]
     assert all(spec[1]["tooltip"] for spec in inputs)
     assert all(entry["output_tooltips"])
 

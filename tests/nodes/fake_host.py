@@ -1,8 +1,12 @@
-"""As much of ComfyUI as a schema needs: ``comfy_api.latest`` and a ``folder_paths`` with three files."""
+"""As much of ComfyUI as a schema needs: ``comfy_api.latest`` and a ``folder_paths`` with a few files.
+
+``FILES`` are listed without being there; what lies on the disk below the folder of a key is found as well.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +18,7 @@ FILES = {
     "text_encoders": ["clip_l.safetensors", "t5xxl_fp16.safetensors"],
     "vae": ["ae.safetensors"],
 }
+LISTED = (".ckpt", ".safetensors", ".sft")  # by the host
 TYPES = (
     "Boolean", "Clip", "Combo", "Conditioning", "Float", "Image", "Int", "Latent", "Mask", "Model", "Sigmas", "String",
     "Vae",
@@ -58,8 +63,8 @@ class Schema:
 
 
 class NodeOutput:
-    def __init__(self, *result: Any) -> None:
-        self.result = result
+    def __init__(self, *result: Any, ui: Any = None) -> None:
+        self.result, self.ui = result, ui
 
 
 class ComfyNode:
@@ -77,13 +82,31 @@ def modules(folder: Path) -> dict[str, ModuleType]:
     io = SimpleNamespace(Schema=Schema, NodeOutput=NodeOutput, ComfyNode=ComfyNode, Input=Input, Output=Output)
     vars(io).update({kind: _type(kind) for kind in TYPES})
     api, latest, paths = ModuleType("comfy_api"), ModuleType("comfy_api.latest"), ModuleType("folder_paths")
-    vars(latest).update(io=io, ComfyExtension=type("ComfyExtension", (), {}))
+    ui = SimpleNamespace(PreviewText=lambda text: {"text": (text,)})
+    vars(latest).update(io=io, ui=ui, ComfyExtension=type("ComfyExtension", (), {}))
     vars(api).update(latest=latest)
 
+    def on_disk(place: str) -> list[str]:
+        return [os.path.relpath(os.path.join(at, name), place) for at, _, names in os.walk(place) for name in names]
+
+    def filename_list(key: str) -> list[str]:
+        listed = {*FILES.get(key, ()), *on_disk(str(folder / key))}
+        return sorted(name for name in listed if name.endswith(LISTED))
+
     def full_path(key: str, name: str) -> str:
-        if name not in FILES[key]:
+        name = os.path.relpath(os.path.join("/", name), "/")
+        if name not in FILES.get(key, ()) and not (folder / key / name).is_file():
             raise FileNotFoundError(name)
         return str(folder / key / name)
 
-    vars(paths).update(get_filename_list=lambda key: list(FILES[key]), get_full_path_or_raise=full_path)
+    def search(place: str, excluded_dir_names: list[str]) -> tuple[list[str], dict[str, float]]:
+        assert excluded_dir_names == [".git"]
+        return on_disk(place), {at: os.path.getmtime(at) for at, _, _ in os.walk(place)}
+
+    vars(paths).update(
+        get_filename_list=filename_list,
+        get_full_path_or_raise=full_path,
+        get_folder_paths=lambda key: [str(folder / key)],
+        recursive_search=search,
+    )
     return {"comfy_api": api, "comfy_api.latest": latest, "folder_paths": paths}

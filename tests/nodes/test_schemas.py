@@ -12,7 +12,7 @@ DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 
 # Node ids, inputs in order (widgets are saved by position), outputs in order. New inputs come last.
 CONTRACT = {
-    "FluxFoundryLoadModel": (["model", "dtype"], ["Model"]),
+    "FluxFoundryLoadModel": (["model", "dtype", "variant"], ["Model"]),
     "FluxFoundryLoadTextEncoders": (["clip_l", "t5", "t5_length"], ["Clip"]),
     "FluxFoundryLoadAutoencoder": (["vae"], ["Vae"]),
     "FluxFoundryLoadEmbedded": (["model"], ["Model", "Clip", "Vae"]),
@@ -33,6 +33,8 @@ CONTRACT = {
         ],
         ["Latent"],
     ),
+    "FluxFoundryInspectFile": (["file"], ["String"]),
+    "FluxFoundrySaveModel": (["model", "filename_prefix", "format", "layout"], ["String"]),
 }  # fmt: skip
 
 

@@ -28,8 +28,6 @@ FAMILIES = {
     "a Stable Diffusion XL model": "conditioner.embedders.1.model.positional_embedding",
     "a Stable Diffusion 3 model": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
     "a Chroma diffusion model": "distilled_guidance_layer.in_proj.weight",
-    "a FLUX.2 diffusion model": "double_stream_modulation_img.lin.weight",
-    "a FLUX model in diffusers' layout": "single_transformer_blocks.0.attn.to_q.weight",
     "a LoRA": "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
     "of no kind that is known here": "something.else",
 }
@@ -136,7 +134,8 @@ def test_a_known_model_without_its_file(refused):
         pytest.param(b"hello", "is not a safetensors file", id="text"),
         pytest.param((500).to_bytes(8, "little") + b"{", "is cut off", id="header cut off"),
         pytest.param(b"\x80\x02}q\x00.", "is a pickle file, which can run code", id="pickle"),
-        pytest.param(b"GGUF\x03\0\0\0" + bytes(99), "is a GGUF file", id="gguf"),
+        pytest.param(b"GGUF\x03\0\0\0" + bytes(9), "is damaged or not a GGUF file", id="gguf cut off"),
+        pytest.param(b"GGUF\x01\0\0\0" + bytes(99), "is GGUF version 1", id="old gguf"),
         pytest.param(b"<!DOCTYPE html>", "is a web page", id="web page"),
     ],
 )
@@ -172,30 +171,32 @@ def test_a_file_of_another_family(refused, tmp_path, option, family):
 
 
 def test_parts_in_each_other_s_place(refused, tiny):
-    assert "is the text encoder t5-mini, but a FLUX.1 diffusion model is needed here" in refused(model=tiny.t5)
-    assert "is the text encoder clip-mini, but a FLUX.1 diffusion model is needed here" in refused(model=tiny.clip)
-    assert "is the autoencoder flux1-mini-ae, but a FLUX.1 diffusion model" in refused(model=tiny.autoencoder)
+    for part in ("T5 text encoder", "CLIP text encoder", "autoencoder (VAE)"):
+        path = {"T": tiny.t5, "C": tiny.clip, "a": tiny.autoencoder}[part[0]]
+        message = refused(model=path)
+        assert f"{path.name} is Foundry Mini's {part}, but a FLUX.1 diffusion model is needed here" in message
+        assert "of your files these fit: tiny.safetensors" in message
     assert "diffusion model, but a CLIP-L text encoder is needed here" in refused(clip=tiny.transformer)
     assert "diffusion model, but a T5 text encoder is needed here" in refused(t5=tiny.transformer)
-    assert "is the text encoder clip-mini, but a T5 text encoder is needed" in refused(t5=tiny.clip)
+    assert "is Foundry Mini's CLIP text encoder, but a T5 text encoder is needed" in refused(t5=tiny.clip)
     assert "diffusion model, but a FLUX.1 autoencoder (VAE) is needed here" in refused(vae=tiny.transformer)
 
 
 def test_the_autoencoder_of_another_model(refused, tmp_path):
     path = write_listing(tmp_path / "big.safetensors", Autoencoder, AUTOENCODERS["flux1-ae"])
     message = refused(vae=path)
-    assert (
-        "big.safetensors is the autoencoder flux1-ae, but Foundry Mini, another size works with flux1-mini-ae"
-        in message
-    )
+    wanted = "diffusion model, which takes Foundry Mini's autoencoder (VAE); of your files these fit: ae.safetensors"
+    assert "big.safetensors is the FLUX.1 autoencoder (VAE), but tiny.safetensors is the Foundry Mini" in message
+    assert wanted in message
 
 
 @pytest.mark.parametrize(("option", "build", "spec"), [("clip", ClipText, CLIP_L), ("t5", T5Encoder, T5_XXL)])
 def test_encoders_of_another_model(refused, tmp_path, option, build, spec):
     path = write_listing(tmp_path / "other.safetensors", build, spec)
     message = refused(**{option: path})
-    assert "takes text of width 192 and 128, but" in message
-    assert "choose clip-mini and t5-mini" in message
+    name, wide = {"clip": ("CLIP", "128 wide, not 768"), "t5": ("T5", "192 wide, not 4096")}[option]
+    assert f"which takes Foundry Mini's {name} text encoder: {wide}; of your files" in message
+    assert f"these fit: {option}.safetensors" in message
 
 
 def test_a_real_model_alone_names_every_file_that_it_needs(refused, tmp_path):
@@ -249,13 +250,13 @@ def test_a_model_that_edits_pictures(refused, tmp_path):
     assert "more files" not in said
 
 
-def test_numbers_packed_with_scales_are_named(refused, tmp_path):
+def test_scales_beside_plain_numbers_are_named(refused, tmp_path):
     def pack(tensors):
         tensors["scaled_fp8"] = torch.zeros(2)
         tensors["img_in.scale_weight"] = torch.ones(())
 
     path = write_module(tmp_path / "odd.safetensors", Flux1(TINY), change=pack)
-    assert "stores numbers with scales (scaled fp8 or fp4)" in refused(model=path)
+    assert "img_in.weight is F32 [128, 64] with img_in.scale_weight beside it" in refused(model=path)
 
 
 @pytest.mark.parametrize("option", ["out", "model", "image", "t5", "vae", "tokenizers"])
@@ -284,12 +285,6 @@ def test_a_picture_that_is_too_large_for_its_schedule(refused):
 @pytest.mark.parametrize("option", ["cfg", "guidance"])
 def test_a_strength_that_overflows(refused, option):
     assert f"{option} is 1e+30; give a number from 0 to 1000" in refused(**{option: 1e30})
-
-
-def test_an_autoencoder_in_diffusers_layout_is_named(refused, tmp_path):
-    names = {"decoder.conv_in.weight": (512, 16, 3, 3), "decoder.up_blocks.0.resnets.0.conv1.weight": (512, 512, 3, 3)}
-    path = write_header_only(tmp_path / "diffusion_pytorch_model.safetensors", names)
-    assert "an autoencoder in diffusers' layout" in refused(vae=path)
 
 
 @pytest.mark.parametrize("option", ["image", "mask"])

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from flux.cli.files import FILE_NAMES
 from flux.cli.models import catalogue
 from flux.specs.autoencoder import AUTOENCODERS
 from flux.specs.flux1 import FLUX1
+from flux.specs.releases import FILE_NAMES
 from flux.specs.text import CLIP_TEXT, T5_ENCODERS
 from flux.version import VERSION
 from tests.conftest import ROOT

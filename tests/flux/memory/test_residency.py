@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from flux.errors import FileError
 from flux.memory.residency import Residency
 from flux.ops.layers import on_meta
+from flux.ops.packed import Embedding, Linear
 
 WEIGHTS = {
     "stored.a.weight": torch.arange(12.0).view(3, 4),
@@ -23,21 +23,56 @@ class Two(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a = nn.Linear(4, 3)
+        self.a = Linear(4, 3)
         self.ab = nn.Linear(3, 2, bias=False)
 
 
-def bound(weights=WEIGHTS, dtype=torch.float32):
+class Stored:
+    """A weight that is stored as bytes, each for a whole number."""
+
+    def __init__(self, name, tensor, reads):
+        self.name, self.tensor, self.reads = name, tensor, reads
+
+    @property
+    def nbytes(self):
+        return self.tensor.numel()
+
+    @property
+    def parameters(self):
+        return self.tensor.numel()
+
+    def numbers(self, dtype, device=None):
+        self.reads.append(self.name)
+        return self.tensor.to(device, dtype)
+
+    def packed(self, device=None):
+        self.reads.append(self.name)
+        return Bytes(self.tensor.to(device, torch.uint8))
+
+
+class Bytes:
+    """What ``Stored.packed`` gives."""
+
+    def __init__(self, tensor):
+        self.tensor, self.nbytes, self.unpacked = tensor, tensor.nbytes, 0
+
+    def numbers(self, dtype):
+        self.unpacked += 1
+        return self.tensor.to(dtype)
+
+    def rows(self, places, dtype):
+        return self.tensor[places].to(dtype)
+
+    def product(self, x, bias):
+        return None
+
+
+def bound(weights=WEIGHTS, dtype=torch.float32, packed=False, build=Two):
     with on_meta():
-        module = Two()
-    names = {name.removeprefix("stored."): name for name in weights}
+        module = build()
     reads = []
-
-    def read(name):
-        reads.append(name)
-        return weights[name]
-
-    residency = Residency(module, names, read, device=torch.device("cpu"), dtype=dtype, label="two.safetensors")
+    sources = {name.removeprefix("stored."): Stored(name, tensor, reads) for name, tensor in weights.items()}
+    residency = Residency(module, sources, device=torch.device("cpu"), dtype=dtype, keeps_packed=packed)
     return module, residency, reads
 
 
@@ -111,9 +146,58 @@ def test_parameters_need_no_gradient():
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_a_tensor_of_another_shape_is_named():
-    _, residency, _ = bound({**WEIGHTS, "stored.a.bias": torch.zeros(5)})
-    with pytest.raises(
-        FileError, match=r"two\.safetensors: tensor stored\.a\.bias has shape \(5,\), \(3,\) was expected"
-    ):
-        residency.load()
+def test_packed_weights_take_what_they_take_in_the_file():
+    module, residency, reads = bound(packed=True)
+    assert residency.load() == 12 + 3 * 4 + BYTES_AB == residency.resident_bytes
+    assert sorted(reads) == sorted(WEIGHTS)
+    assert module.a.weight.is_meta
+    assert module.a.packed.unpacked == 0
+    assert torch.equal(module.a(torch.ones(4)), torch.tensor([6.0, 23.0, 40.0]))
+    assert module.a.packed.unpacked == 1
+
+
+def test_only_layers_that_unpack_at_use_get_packed_weights():
+    module, residency, _ = bound(packed=True)
+    residency.load()
+    assert not module.ab.weight.is_meta
+    assert torch.equal(module.ab(torch.ones(3)), torch.tensor([3.0, 3.0]))
+
+
+def test_packed_weights_go_like_others():
+    module, residency, _ = bound(packed=True)
+    brought = residency.load()
+    assert residency.release(("a",)) == 12 + 12
+    assert module.a.packed is None
+    assert residency.load() == 12 + 12
+    assert residency.release() == brought
+    assert residency.resident_bytes == 0
+    assert module.a.weight.shape == (3, 4)
+
+
+def test_borrowed_weights_are_numbers_for_they_are_used_again_and_again():
+    module, residency, _ = bound(packed=True)
+    with residency.borrow("a"):
+        assert module.a.packed is None
+        assert residency.resident_bytes == BYTES_A
+    assert module.a.weight.is_meta
+
+
+def test_what_takes_no_less_packed_comes_as_numbers():
+    module, residency, _ = bound(packed=True, dtype=torch.uint8)
+    residency.load()
+    assert module.a.packed is None
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = Embedding(4, 3)
+
+
+def test_a_packed_table_gives_the_rows_that_are_asked_for_in_the_modules_dtype():
+    table = torch.arange(12.0).view(4, 3)
+    module, residency, _ = bound({"table.weight": table}, packed=True, build=Words, dtype=torch.bfloat16)
+    residency.load()
+    rows = module.table(torch.tensor([[3, 0], [1, 1]]))
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(rows.float(), table[torch.tensor([[3, 0], [1, 1]])])

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import flux.ops.linear as module
-from flux.ops.linear import Linear, linear
+from flux.ops.linear import linear
+from flux.ops.packed import Linear
 
 TOLERANCE = 2e-6  # of the largest output; two ways of summing some hundreds of fp32 products
 

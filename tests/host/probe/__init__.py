@@ -7,9 +7,13 @@ import json
 import sys
 import time
 
+import comfy.hooks
+import comfy.model_management
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.text_encoders.flux
+import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
@@ -236,9 +240,149 @@ class ProbeModel(io.ComfyNode):
         return io.NodeOutput(model)
 
 
+class ProbeMemory(io.ComfyNode):
+    """Reports what the host counts of a model, and what its weights are stored as."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Model.Input("model", optional=True), io.Clip.Input("clip", optional=True)]
+        return io.Schema("ProbeMemory", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, model=None, clip=None):
+        patcher = clip.patcher if model is None else model
+        parameters = dict(patcher.model.named_parameters())
+        report = {
+            "patcher": type(patcher).__name__,
+            "size": patcher.model_size(),
+            "parameters": sum(p.nbytes for p in parameters.values()),
+            "dtypes": sorted({str(p.dtype) for p in parameters.values()}),
+        }
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
+def velocity_inputs():
+    """Inputs of a denoiser of the embedded model's sizes, which the tests draw in their own process too."""
+    generator = torch.Generator().manual_seed(3)
+    x, tokens, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 8, 8), (1, 32, 192), (1, 128)))
+    return x, torch.tensor([0.7]), tokens, pooled, torch.tensor([3.0])
+
+
+def whole(model, network, lora):
+    comfy.model_management.load_models_gpu([model])
+    return {"whole": network(*velocity_inputs())}
+
+
+def partly(model, network, lora):
+    """With a third of the weights loaded, then two, then fewer again."""
+    comfy.model_management.unload_all_models()
+    cpu, size, out, loaded = torch.device("cpu"), model.model_size(), {}, []
+    for name, change in {
+        "a third": lambda: model.partially_load(cpu, size // 3),
+        "two": lambda: model.partially_load(cpu, size // 3),
+        "fewer": lambda: model.partially_unload(cpu, size // 4),
+    }.items():
+        change()
+        out[name] = network(*velocity_inputs())
+        loaded.append(model.loaded_size())
+    model.detach()
+    assert 0 < loaded[0] < loaded[1] < size, loaded
+    assert loaded[2] < loaded[1], loaded
+    return out
+
+
+def hooked(model, network, lora):
+    """With a LoRA as a hook that comes and goes twice, the second time from the host's cache, if its mode has one."""
+    comfy.model_management.load_models_gpu([model])
+    weights = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", lora))
+    out = {}
+    for mode in ("MaxSpeed", "MinVram"):
+        model.hook_mode = comfy.hooks.EnumHookMode[mode]
+        group = comfy.hooks.create_hook_lora(weights, 1.0, 1.0)
+        target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+        model.register_all_hook_patches(group, target, {})
+        for time_ in ("first", "second"):
+            model.apply_hooks(group)
+            out[f"hooked {mode} {time_}"] = network(*velocity_inputs())
+            model.apply_hooks(None)
+            out[f"plain {mode} {time_}"] = network(*velocity_inputs())
+        model.clean_hooks()
+        model.restore_hook_patches()
+    return out
+
+
+def merged(model, network, lora):
+    """Half the weights of a merge of the model with itself, which has to be the model."""
+    other = model.clone()
+    other.add_patches(model.get_key_patches("diffusion_model."), 0.5, 0.5)
+    return whole(other, network, lora)
+
+
+def reloaded(model, network, lora):
+    """Loaded once more in the way that the model tells the host."""
+    factory, arguments, *_ = model.cached_patcher_init
+    other = factory(*arguments, disable_dynamic=True)
+    return whole(other, other.model.diffusion_model, lora)
+
+
+def moved(model, network, lora):
+    """After a packed layer was on another device and came back: its tensors have to be the file's again."""
+    layer, cpu, elsewhere = network.single_blocks[0].linear1, torch.device("cpu"), torch.device("meta")
+    holder, bias, layer.bias = torch.nn.Module(), layer.bias, None
+    holder.layer = layer
+    patcher = type(model)(holder, load_device=elsewhere, offload_device=cpu)
+    places = {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+    for back in (lambda: patcher.unpatch_model(cpu), lambda: patcher.partially_unload(cpu, patcher.model_size() // 2)):
+        patcher.patch_model(elsewhere)
+        assert {parameter.device for parameter in layer.parameters()} == {elsewhere}
+        back()
+        assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == places
+    patcher.detach()
+    layer.bias = bias
+    return whole(model, network, lora)
+
+
+WAYS = {way.__name__: way for way in (whole, partly, hooked, merged, reloaded, moved)}
+
+
+class ProbeVelocity(io.ComfyNode):
+    """Reports a MODEL's velocities for fixed inputs, with its weights brought in one of several ways."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [
+            io.Model.Input("model"), io.Combo.Input("way", options=list(WAYS)), io.String.Input("lora", default=""),
+        ]  # fmt: skip
+        return io.Schema("ProbeVelocity", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, model, way, lora=""):
+        velocities = WAYS[way](model.clone(), model.model.diffusion_model, lora)
+        numbers = {name: velocity.float().flatten().tolist() for name, velocity in velocities.items()}
+        return io.NodeOutput(ui={"report": [json.dumps(numbers)]})
+
+
+class ProbeText(io.ComfyNode):
+    """Reports a conditioning's numbers."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Conditioning.Input("text")]
+        return io.Schema("ProbeText", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, text):
+        [[tokens, more]] = text
+        report = {"tokens": tokens.flatten().tolist(), "pooled": more["pooled_output"].flatten().tolist()}
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
 class Probes(ComfyExtension):
     async def get_node_list(self):
-        return [ProbeConditioning, ProbeCompare, ProbePick, ProbeModel, ProbeForeignLatent, ProbeTokens, ProbeTable]
+        return [
+            ProbeConditioning, ProbeCompare, ProbePick, ProbeModel, ProbeForeignLatent, ProbeTokens, ProbeTable,
+            ProbeMemory, ProbeVelocity, ProbeText,
+        ]  # fmt: skip
 
 
 async def comfy_entrypoint():

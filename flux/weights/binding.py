@@ -1,0 +1,120 @@
+"""A module's parameters bound to what they are made of in a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import FileError
+from .packed import Packed, PackedPart
+from .renames import Plan, Recipe, assemble
+from .sources import Source
+
+__all__ = ["Binding", "bind"]
+
+SHOWN = 3  # names that a message lists
+LARGEST_PADDING = 31  # rows or columns that nvfp4 and mxfp8 may add
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One parameter: the stored tensors, and how they are cut and joined.
+
+    Attributes:
+        shape: Of the parameter.
+        recipe: From the layout's plan.
+        sources: The stored tensors by name.
+    """
+
+    shape: tuple[int, ...]
+    recipe: Recipe
+    sources: Mapping[str, Source]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(source.nbytes for source in self.sources.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers."""
+        return math.prod(self.shape)
+
+    @property
+    def label(self) -> str:
+        """The stored tensors' names, for messages."""
+        return " and ".join(self.sources)
+
+    def numbers(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """The parameter's numbers.
+
+        Args:
+            dtype: That they become. Stored so, on the CPU, they may be a view of the file, not to be written to.
+            device: Where they go, packed; the CPU when None.
+
+        Raises:
+            FileError: The file changed, or has a scale that is not a usable number.
+        """
+        alone = self.shape if self.recipe.only_renames else None
+        out = assemble(self.recipe, lambda name: self.sources[name].numbers(dtype, device, alone))
+        return out.view(self.shape)
+
+    def packed(self, device: torch.device | None = None) -> Packed:
+        """The parameter as it is stored; on the CPU a view of the file."""
+        alone = self.recipe.only_renames
+        parts = {
+            name: PackedPart(
+                source.format, self.shape if alone else source.shape, source.stored(device), source.multiplies
+            )
+            for name, source in self.sources.items()
+        }
+        return Packed(self.shape, self.recipe, parts)
+
+
+def bind(
+    plan: Plan, sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]], label: str
+) -> dict[str, Binding]:
+    """A binding for every parameter.
+
+    Args:
+        plan: From the file's names to ours.
+        sources: The file's tensors.
+        shapes: Every parameter's shape by name.
+        label: What messages call the file.
+
+    Raises:
+        FileError: A parameter has no tensor or one of another shape, or a tensor belongs to no parameter.
+    """
+    _complain(label, "lacks tensors", [name for name in shapes if name not in plan])
+    unknown = [name for name in plan if name not in shapes]
+    _complain(label, "has unknown tensors", [source for name in unknown for source in plan[name].sources])
+    bound, misshapen = {}, []
+    for name, shape in shapes.items():
+        recipe = plan[name]
+        own = {source: sources[source] for source in recipe.sources}
+        found = recipe.shape(lambda source, own=own: own[source].shape)  # type: ignore[misc]
+        if found != shape and not _is_padded(recipe, own, found, shape):
+            misshapen.append(f"{' and '.join(own)} {list(found)} in place of {list(shape)}")
+        bound[name] = Binding(shape, recipe, own)
+    _complain(label, "has tensors of another shape", misshapen)
+    return bound
+
+
+def _is_padded(recipe: Recipe, own: Mapping[str, Source], found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is only larger by what its format pads."""
+    return (
+        recipe.only_renames
+        and all(source.format.pads for source in own.values())
+        and len(found) == len(shape)
+        and all(0 <= more - side <= LARGEST_PADDING for more, side in zip(found, shape, strict=True))
+    )
+
+
+def _complain(label: str, fault: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        raise FileError(f"{label} {fault}: {shown}; use a whole file of this model")

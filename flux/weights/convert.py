@@ -1,0 +1,213 @@
+"""A model file to another format or layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import MismatchError, UserError
+from ..specs.flux1 import Flux1Spec
+from ..specs.flux2 import Flux2Spec
+from .binding import Binding
+from .checkpoints import FilePart, read_parts
+from .formats.companions import METADATA as QUANT_METADATA
+from .formats.written import GGUF, WRITTEN, Written
+from .packed import Packed
+from .renames import LAYOUTS, Layout
+from .sources import Checkpoint, open_checkpoint
+from .storing import Outcome, Stores, Watch, store
+
+__all__ = [
+    "CONVERTIBLE",
+    "Converted",
+    "StoredItem",
+    "convert",
+    "describe_formats",
+    "items_of",
+    "layout_for",
+    "parse_target",
+    "suffix_for",
+]
+
+LAYOUT_NAMES = {"bfl": "Black Forest Labs' names", "diffusers": "diffusers' names"}
+CONVERTIBLE = ("transformer", "autoencoder", "clip", "t5")
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TITLE = "modelspec.title"
+MILLION = 10**6
+MAX_TEXT = 1 << 16  # characters of one that is carried over
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """One of our tensors, in a file."""
+
+    binding: Binding
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.binding.shape
+
+    def numbers(self) -> Tensor:
+        """In their own type where that is plain, so that the file itself serves; fp32 where they are packed."""
+        names = {source.format.name for source in self.binding.sources.values()}
+        dtype = PLAIN_DTYPES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
+        return self.binding.numbers(dtype)
+
+    def packed(self) -> Packed | None:
+        return self.binding.packed()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was made of what."""
+
+    title: str
+    layout: str
+    outcome: Outcome
+
+
+def parse_target(to: str) -> tuple[Written | None, str | None]:
+    """A format and a layout by the word of a user: "fp8", "gguf:Q4_K", "diffusers", "fp8,diffusers".
+
+    Raises:
+        UserError: There is no such format or layout.
+    """
+    written, layout = None, None
+    for word in to.split(","):
+        if word in LAYOUT_NAMES:
+            layout = word
+        elif word in WRITTEN:
+            written = WRITTEN[word]
+        else:
+            known = ", ".join((*WRITTEN, *LAYOUT_NAMES))
+            raise UserError(f"there is no format {word!r}; choose one of: {known}")
+    if written is not None and written.name.startswith(GGUF) and layout == "diffusers":
+        raise UserError("GGUF files have Black Forest Labs' names; leave diffusers away, or choose another format")
+    return written, layout
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    *,
+    part: str | None = None,
+    variant: str | None = None,
+    replace: bool = False,
+    watch: Watch | None = None,
+) -> Converted:
+    """Write one part of a model file in another format or layout, tensor by tensor.
+
+    Args:
+        source: A file, an index of several, or their folder.
+        target: The new file: .gguf for GGUF formats, .safetensors for all others.
+        to: See ``parse_target``. A layout alone keeps what tensors are stored in, where it can.
+        part: Which part of an all-in-one file; the first of ``CONVERTIBLE`` that it has when None.
+        variant: What a transformer is, where its tensors cannot tell; written into the new file.
+        replace: Whether an older file of that name may be replaced.
+        watch: See ``storing.store``.
+
+    Raises:
+        UserError: A file cannot be read or written, is of no kind that is known here, or does not have that part.
+    """
+    written, layout = parse_target(to)
+    check_suffix(target, written)
+    checkpoint = open_checkpoint(source)
+    found = _part(checkpoint, part, variant)
+    stores = Stores(
+        part=found.kind,
+        layout=layout_for(found, written, layout),
+        written=written,
+        metadata=_metadata(checkpoint.metadata, found, variant),
+        title=title_of(found),
+    )
+    outcome = store(target, items_of(checkpoint, found), stores, replace=replace, watch=watch)
+    return Converted(found.recognised.title, stores.layout.title, outcome)
+
+
+def describe_formats(formats: Mapping[str, int]) -> str:
+    """How many numbers are stored in each format, most first."""
+    ordered = sorted(formats.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{count / MILLION:,.2f} M as {name}" for name, count in ordered)
+
+
+def title_of(found: FilePart) -> str:
+    """What a part is called, without an article where it is a release's."""
+    spec = found.recognised.spec
+    return spec.title if isinstance(spec, (Flux1Spec, Flux2Spec)) else found.recognised.title
+
+
+def suffix_for(written: Written | None) -> str:
+    """The ending of a file in this format."""
+    return ".gguf" if written is not None and written.name.startswith(GGUF) else ".safetensors"
+
+
+def check_suffix(target: Path, written: Written | None) -> None:
+    """Refuse a name that says another container than the format's.
+
+    Raises:
+        UserError: It does.
+    """
+    suffix = suffix_for(written)
+    if target.suffix.lower() != suffix:
+        raise UserError(f"{target.name} will be a {suffix} file; give it a name that ends so")
+
+
+def layout_for(found: FilePart, written: Written | None, layout: str | None) -> Layout:
+    """How the new file names its tensors.
+
+    Raises:
+        MismatchError: The part has no such layout.
+    """
+    assert found.layout is not None
+    own = found.layout.layout
+    if written is not None and written.name.startswith(GGUF):
+        if found.kind not in ("transformer", "t5"):
+            raise MismatchError(
+                f"GGUF is for transformers and T5, not for {found.recognised.title}; choose another format"
+            )
+        return LAYOUTS["t5-gguf"] if found.kind == "t5" else LAYOUTS[f"{own.family}-bfl"]
+    if own.part in ("clip", "t5"):
+        return LAYOUTS["clip-hf" if own.part == "clip" else "t5-hf"]
+    return LAYOUTS[f"{own.name.rpartition('-')[0]}-{layout}"] if layout is not None else own
+
+
+def items_of(checkpoint: Checkpoint, found: FilePart) -> dict[str, StoredItem]:
+    """Our tensors of a part by name."""
+    items = {}
+    for name, recipe in found.whole_plan().items():
+        own = {source: checkpoint[source] for source in recipe.sources}
+        shape = recipe.shape(lambda source, own=own: own[source].shape)  # type: ignore[misc]
+        items[name] = StoredItem(Binding(shape, recipe, own))
+    return items
+
+
+def _part(checkpoint: Checkpoint, part: str | None, variant: str | None) -> FilePart:
+    parts = read_parts(checkpoint, variant)
+    for kind in CONVERTIBLE if part is None else (part,):
+        found = next((own for own in parts if own.kind == kind), None)
+        if found is not None:
+            found.whole_plan()
+            return found
+    what = " and ".join(own.recognised.title for own in parts) or "of no kind that is known here"
+    wanted = "a FLUX transformer, autoencoder or text encoder" if part is None else f"a FLUX {part}"
+    raise MismatchError(f"{checkpoint.path.name} is {what}, but {wanted} is needed to convert; choose another file")
+
+
+def _metadata(metadata: Mapping[str, str], found: FilePart, variant: str | None) -> dict[str, str]:
+    """The new file's texts: the old one's, without what tells of its storage, and the variant that the user named."""
+    kept = {
+        key: text
+        for key, text in metadata.items()
+        if key != QUANT_METADATA and not key.startswith("general.") and len(text) < MAX_TEXT
+    }
+    name = metadata.get("general.name")
+    if name is not None and TITLE not in kept:
+        kept[TITLE] = name
+    if variant is not None:
+        kept[TITLE] = title_of(found)
+    return kept
