@@ -14,6 +14,7 @@ from comfy.ldm.flux.layers import EmbedND
 from comfy.ldm.flux.math import attention as host_attention
 from torch import Tensor
 
+from ...flux.errors import MismatchError
 from ...flux.models.flux1 import Conditions, Flux1, Modulations, rotary_attention
 from ...flux.models.positions import rope
 from ...flux.ops.dtypes import clamp_to_range
@@ -159,6 +160,11 @@ class _Run:
         residual = residuals[index] if index < len(residuals) else None
         if residual is None:
             return tokens
+        if residual.shape[-1] != tokens.shape[-1]:
+            raise MismatchError(
+                f"the ControlNet gives tokens of width {residual.shape[-1]}, but this MODEL's have {tokens.shape[-1]}; "
+                "choose a ControlNet that was made for it"
+            )
         end = start + residual.shape[1]
         added = clamp_to_range(tokens[:, start:end] + residual.to(tokens))
         return torch.cat((tokens[:, :start], added, tokens[:, end:]), dim=1)

@@ -21,6 +21,7 @@ from ...flux.mini.files import MINI as MINI_FILES
 from ...flux.models.text.clip import ClipText
 from ...flux.models.text.t5 import T5Encoder
 from ...flux.pipelines.prompts import cut_sentences
+from ...flux.specs.fit import Given
 from ...flux.specs.text import CLIP_MINI, T5_MINI, ClipTextSpec, T5Spec
 from ...flux.weights.packed import Packed
 from ...flux.weights.readers.tokenizer import (
@@ -32,6 +33,7 @@ from ...flux.weights.readers.tokenizer import (
 )
 from .compat import asked_text_dtype, patch, register_reload, to_intermediate
 from .packed import PackedPatcher, pack_layers, packed_state
+from .preflight import ENCODERS
 from .progress import say
 from .weights import HostLayers, Numbers, Weights, choose_numbers, open_weights
 
@@ -115,6 +117,7 @@ class HostTextEncoders(nn.Module):
             setattr(self, name, holder)
         self.dtypes = dtypes
         self.execution_device: torch.device | None = None
+        self.given: tuple[Given, ...] = ()
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """Take the device to run on. Layers cannot be chosen: FLUX.1 uses the last of both."""
@@ -123,12 +126,15 @@ class HostTextEncoders(nn.Module):
     def reset_clip_options(self) -> None:
         self.execution_device = None
 
-    def encode_token_weights(self, tokens: dict[str, list[WeightedTokens]]) -> tuple[Tensor, Tensor]:
-        """T5's tokens (1, T, width) and CLIP's pooled vector (1, width)."""
+    def encode_token_weights(
+        self, tokens: dict[str, list[WeightedTokens]]
+    ) -> tuple[Tensor, Tensor, dict[str, tuple[Given, ...]]]:
+        """T5's tokens (1, T, width), CLIP's pooled vector (1, width), and the files that made them."""
         device = self.execution_device or comfy.model_management.text_encoder_device()
         clip_ids = torch.tensor([[token for token, _ in tokens["l"][0]]], device=device)
         _, pooled = self.clip_l.transformer(clip_ids)
-        return to_intermediate(self._encode_t5(tokens["t5xxl"][0], device)), to_intermediate(pooled)
+        encoded = to_intermediate(self._encode_t5(tokens["t5xxl"][0], device))
+        return encoded, to_intermediate(pooled), {ENCODERS: self.given}
 
     def _encode_t5(self, tokens: WeightedTokens, device: torch.device) -> Tensor:
         """Encode, and move weighted tokens away from, or towards, what an empty prompt gives at their place."""
@@ -178,6 +184,7 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
         ],
         model_options={"initial_device": offload} if offload != device else {},
     )
+    result.cond_stage_model.given = tuple(weights.given for weights in parts)
     if any(packed):
         result.patcher = _packed_patcher(result.patcher)
     register_reload(result.patcher, load_clip_patcher, clip_path, t5_path, t5_length)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...flux.errors import MismatchError
 from ...flux.specs.flux1 import Flux1Spec
+from .preflight import ENCODERS, check_together, given_of
 
 __all__ = ["check_conditioning", "check_widths", "encode", "with_guidance"]
 
@@ -60,8 +61,10 @@ def check_conditioning(patcher: Any, conditioning: Conditioning) -> None:
     """The same for a whole CONDITIONING and any FLUX MODEL, also one that a core loader made.
 
     Raises:
-        MismatchError: A width is not the model's.
+        MismatchError: The text encoders are another model's, or a width is not the model's.
     """
+    for _, extra in conditioning:
+        check_together(given_of(patcher.model), extra.get(ENCODERS) or ())
     spec = getattr(patcher.model, "spec", None)
     config = patcher.model.model_config.unet_config
     if "context_in_dim" not in config or "vec_in_dim" not in config:

@@ -21,11 +21,13 @@ from ...flux.pipelines.text_to_image import GRID
 from ...flux.sampling.packing import PATCH
 from ...flux.sampling.schedules import flux1_mu
 from ...flux.specs.autoencoder import MINI as MINI_AUTOENCODER
+from ...flux.specs.fit import Given
 from ...flux.specs.flux1 import Flux1Spec
 from ...flux.weights.readers.safetensors import SafetensorsFile
 from .compat import archive_dtypes, is_dynamic, patch, register_reload
 from .conditioning import check_widths
 from .packed import PackedLinear, PackedPatcher, pack_layers, packed_state
+from .preflight import ENCODERS, check_together
 from .transformer import WRAPPERS, HostFlux1, sample_with_table
 from .weights import HostLayers, Numbers, choose_numbers, open_weights
 
@@ -50,10 +52,10 @@ class FoundryConfig(comfy.supported_models.Flux):
 class FoundryFlux(comfy.model_base.Flux):
     """The host's FLUX model around the engine's transformer."""
 
-    def __init__(self, spec: Flux1Spec, numbers: Numbers) -> None:
+    def __init__(self, spec: Flux1Spec, numbers: Numbers, given: Given | None = None) -> None:
         kind = comfy.model_base.ModelType.FLUX if spec.shifted_schedule else comfy.model_base.ModelType.FLOW
         super().__init__(FoundryConfig(spec, numbers), model_type=kind)
-        self.spec = spec
+        self.spec, self.given = spec, given
         operations = comfy.ops.pick_operations(numbers.weights, numbers.cast)
         self.diffusion_model = HostFlux1(spec, HostLayers(operations, numbers), numbers.weights)
         self.diffusion_model.eval().requires_grad_(False)
@@ -67,6 +69,7 @@ class FoundryFlux(comfy.model_base.Flux):
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """The host's inputs of the denoiser, after a look at whether the text was encoded for this model."""
+        check_together(self.given, kwargs.get(ENCODERS) or ())
         check_widths(self.spec, kwargs.get("cross_attn"), kwargs.get("pooled_output"))
         kwargs.setdefault("guidance", self.spec.guidance)
         return super().extra_conds(**kwargs)
@@ -88,7 +91,7 @@ def load_model(path: str, dtype: str = "auto", variant: str | None = None, disab
     device = comfy.model_management.get_torch_device()
     numbers = choose_numbers(weights, device, dtype)
     packed = weights.packed(weights.packed_layers) if dtype == "auto" else {}
-    model = FoundryFlux(weights.spec, numbers)
+    model = FoundryFlux(weights.spec, numbers, weights.given)
     offload = comfy.model_management.unet_offload_device()
     if packed:
         pack_layers(model.diffusion_model, packed, numbers.weights)

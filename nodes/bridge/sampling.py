@@ -22,6 +22,7 @@ from ...flux.sampling.solvers import solver
 from .compat import fit_empty_latent, to_intermediate
 from .conditioning import check_conditioning, with_guidance
 from .model import spec_of
+from .preflight import MODEL, given_of
 from .progress import check_cancelled, preview_callback, say
 from .vae import LATENT_OWNER
 
@@ -92,9 +93,10 @@ def sample(patcher: Any, latent: dict[str, Any], run: Run) -> dict[str, Any]:
     out["samples"] = start if len(sigmas) == 0 else _sample(patcher, start, latent, run, sigmas)
     spec = spec_of(patcher)
     if spec is not None:
-        out[LATENT_OWNER] = spec.autoencoder
+        out |= {LATENT_OWNER: spec.autoencoder, MODEL: given_of(patcher.model)}
     else:
-        out.pop(LATENT_OWNER, None)
+        for key in (LATENT_OWNER, MODEL):
+            out.pop(key, None)
     return out
 
 

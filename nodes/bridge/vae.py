@@ -14,7 +14,9 @@ from ...flux.errors import MismatchError, NumericError
 from ...flux.models.autoencoder import Autoencoder
 from ...flux.specs.autoencoder import FLUX1 as FLUX1_AE
 from ...flux.specs.autoencoder import AutoencoderSpec
+from ...flux.specs.fit import Given
 from .compat import archive_dtypes, patch, register_reload
+from .preflight import MODEL, check_together
 from .weights import open_weights
 
 __all__ = ["LATENT_OWNER", "FoundryVAE", "decode_latent", "load_vae"]
@@ -43,9 +45,9 @@ class FoundryVAE(comfy.sd.VAE):
     The host's own constructor only knows its own modules, so that everything it would set is set here.
     """
 
-    def __init__(self, module: HostAutoencoder, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, module: HostAutoencoder, given: Given, device: torch.device, dtype: torch.dtype) -> None:
         spec: AutoencoderSpec = module.spec
-        self.spec, self.first_stage_model = spec, module
+        self.spec, self.first_stage_model, self.given = spec, module, given
         self.device, self.vae_dtype = device, dtype
         self.output_device = comfy.model_management.intermediate_device()
         self.downscale_ratio = self.upscale_ratio = spec.downscale
@@ -110,7 +112,7 @@ def load_vae(path: str, disable_dynamic: bool = False) -> FoundryVAE:
     with torch.device("meta"):
         module = HostAutoencoder(weights.spec)
     module.load_state_dict(weights.read(dtype), assign=True)
-    vae = FoundryVAE(module.eval().requires_grad_(False), device, dtype)
+    vae = FoundryVAE(module.eval().requires_grad_(False), weights.given, device, dtype)
     register_reload(vae.patcher, load_vae_patcher, path)
     return vae
 
@@ -130,9 +132,16 @@ def decode_latent(vae: Any, latent: dict[str, Any]) -> Tensor:
     samples, owner = latent["samples"], latent.get(LATENT_OWNER)
     own = getattr(vae, "spec", None)
     is_ours = isinstance(own, AutoencoderSpec)
+    if is_ours and latent.get(MODEL) is not None:
+        check_together(latent[MODEL], [vae.given])
     if owner not in (None, own.name if is_ours else FLUX1_AE.name):
+        drawn = latent.get(MODEL)
+        source = f"comes from {drawn.path.name} and " if isinstance(drawn, Given) else ""
         title = own.name if is_ours else "another loader's"
-        raise MismatchError(f"this LATENT was made for the autoencoder {owner}, but the VAE is {title}; load {owner}")
+        raise MismatchError(
+            f"this LATENT {source}was made for the autoencoder {owner}, but the VAE is {title}; load {owner} with Load "
+            "FLUX Autoencoder"
+        )
     check_channels(samples, getattr(vae, "latent_channels", samples.shape[1]), "this VAE")
     images: Tensor = vae.decode(samples)
     if not bool(torch.isfinite(images).all()):

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ...flux.ops.dtypes import SMALL_MODEL, compute_dtype
 from ...flux.ops.packed import Linear
 from ...flux.pipelines.parts import BoundPart, bind_part
+from ...flux.specs.fit import Given
 from ...flux.weights.binding import Binding
 from ...flux.weights.packed import Packed
+from .preflight import users_files
 
 __all__ = ["HostLayers", "Numbers", "Weights", "choose_numbers", "open_weights"]
 
@@ -90,6 +92,11 @@ class Weights:
     """One recognised part of a file, bound to the parameters of a module."""
 
     bound: BoundPart
+
+    @property
+    def given(self) -> Given:
+        """The file, and what it was found to be."""
+        return Given(self.bound.checkpoint.path, self.bound.recognised)
 
     @property
     def spec(self) -> Any:
@@ -186,7 +193,7 @@ def open_weights(path: Path, kind: str, build: Callable[[Any], nn.Module], varia
     Raises:
         UserError: The file is missing, damaged or something else; the message names it.
     """
-    bound = bind_part(path, kind, build, variant)
+    bound = bind_part(path, kind, build, variant, lambda: users_files((kind,)))
     for note in bound.recognised.notes:
         logger.info("FLUX Foundry: %s: %s", path.name, note)
     return Weights(bound)

@@ -11,6 +11,12 @@ from graph import core_sampler, node, our_sampler, start
 from safetensors.torch import save_file
 
 from flux.mini.files import MINI
+from flux.models.autoencoder import Autoencoder
+from flux.models.text.clip import ClipText
+from flux.ops.layers import on_meta
+from flux.specs.autoencoder import FLUX1 as FLUX1_AE
+from flux.specs.text import CLIP_L
+from tests.tiny import write_header_only
 
 
 def same(latent: str) -> dict:
@@ -275,7 +281,7 @@ def test_a_latent_of_another_autoencoder_is_refused_by_name(host: Host) -> None:
         "save": node("SaveImage", images=["decode", 0], filename_prefix="test"),
     }
     outcome = host.run(prompt)
-    assert outcome.error.endswith("load flux1-ae")
+    assert outcome.error.endswith("load flux1-ae with Load FLUX Autoencoder")
 
 
 @pytest.mark.parametrize(
@@ -291,3 +297,45 @@ def test_a_latent_of_another_autoencoder_is_refused_by_name(host: Host) -> None:
 def test_real_encoders_get_the_tokens_and_weights_that_the_host_gives_its_own(host: Host, text: str) -> None:
     report = host.succeed({"tokens": node("ProbeTokens", text=text)}).report()
     assert report["ours"] == report["theirs"]
+
+
+def another_size(host: Host, name: str, folder: str, build: object, spec: object) -> str:
+    """A part of another model in one of the host's folders, all zeros."""
+    with on_meta():
+        shapes = {key: tuple(p.shape) for key, p in build(spec).named_parameters()}
+    write_header_only(host.base / "models" / folder / name, shapes)
+    return name
+
+
+def test_a_file_in_the_wrong_loader_is_named_with_those_of_the_users_that_fit(host: Host) -> None:
+    shutil.copy(MINI.t5, host.base / "models" / "diffusion_models" / "misplaced.safetensors")
+    prompt = {"load": node("FluxFoundryLoadModel", model="misplaced.safetensors", dtype="auto")}
+    prompt["save"] = node("FluxFoundrySaveModel", model=["load", 0], filename_prefix="x", format="bf16", layout="bfl")
+    error = host.run(prompt).error
+    assert (
+        "misplaced.safetensors is Foundry Mini's T5 text encoder, but a FLUX.1 diffusion model is needed here" in error
+    )
+    assert "of your files these fit: " in error
+    assert "flux1-mini.safetensors" in error
+
+
+def test_text_of_another_models_encoders_is_refused_with_both_files(host: Host) -> None:
+    clip = another_size(host, "big-clip.safetensors", "text_encoders", ClipText, CLIP_L)
+    encoders = node("FluxFoundryLoadTextEncoders", clip_l=clip, t5="embedded: t5-mini", t5_length="512")
+    text = node("CLIPTextEncode", clip=["encoders", 0], text="a red circle")
+    for sampler in (our_sampler, core_sampler):
+        message = failure(host, {**start(), "encoders": encoders, "text": text, "sample": sampler(steps=1)})
+        assert (
+            "big-clip.safetensors is the CLIP-L text encoder, but flux1-mini.safetensors is the Foundry Mini" in message
+        )
+        assert "of your files these fit: " in message
+        assert message.endswith("clip.safetensors")
+
+
+def test_a_latent_is_refused_by_another_models_autoencoder_with_both_files(host: Host) -> None:
+    vae = node("FluxFoundryLoadAutoencoder", vae=another_size(host, "big-ae.safetensors", "vae", Autoencoder, FLUX1_AE))
+    prompt = {**start(), "sample": our_sampler(steps=1), "vae": vae}
+    outcome = host.run({**prompt, "out": node("FluxFoundryDecode", vae=["vae", 0], latent=["sample", 0]),
+                        "see": node("PreviewImage", images=["out", 0])})  # fmt: skip
+    assert "big-ae.safetensors is the FLUX.1 autoencoder (VAE), but flux1-mini.safetensors is" in outcome.error
+    assert "of your files these fit: ae.safetensors" in outcome.error

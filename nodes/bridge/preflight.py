@@ -1,0 +1,50 @@
+"""Whether what meets in a graph fits, told with the files that it came from and those of the user's that would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ...flux.specs.fit import Given, check_fit, faults_between
+from ...flux.weights.library import given_files
+from .paths import CLIPS, MODELS, T5S, VAES, find_file, list_files
+
+__all__ = ["ENCODERS", "MODEL", "check_together", "given_of", "users_files"]
+
+# Our keys in what passes between nodes: which files made it.
+ENCODERS = "fluxfoundry_encoders"  # in a CONDITIONING: the text encoders, a tuple of ``Given``
+MODEL = "fluxfoundry_model"  # in a LATENT: the diffusion model that drew it
+
+FOLDERS = {
+    "transformer": ("diffusion_models", "checkpoints"),
+    "clip": ("text_encoders", "checkpoints"),
+    "t5": ("text_encoders", "checkpoints"),
+    "autoencoder": ("vae", "checkpoints"),
+}
+OWN = {"transformer": MODELS, "clip": CLIPS, "t5": T5S, "autoencoder": VAES}
+
+
+def users_files(kinds: Iterable[str]) -> list[Given]:
+    """Every model file of some kinds that the loaders list; each header is read once as long as its file stays."""
+    kinds = tuple(kinds)
+    own = [path for kind in kinds for path in OWN[kind].own.values()]
+    folders = dict.fromkeys(folder for kind in kinds for folder in FOLDERS[kind])
+    found = (find_file(folder, name) for folder in folders for name in list_files(folder))
+    return given_files([*(path for path in found if path is not None), *own])
+
+
+def given_of(owner: Any) -> Given | None:
+    """The file that one of our objects was loaded from; None for others'."""
+    given = getattr(owner, "given", None)
+    return given if isinstance(given, Given) else None
+
+
+def check_together(transformer: Given | None, others: Sequence[Given]) -> None:
+    """Refuse files that do not fit a diffusion model; nothing is checked of what is not known.
+
+    Raises:
+        MismatchError: One does not fit. The message names both files, and which would fit.
+    """
+    if transformer is None or not faults_between(transformer, others):
+        return
+    check_fit(transformer, others, users_files(FOLDERS))
