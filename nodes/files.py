@@ -40,8 +40,10 @@ class InspectFile(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         from .bridge.files import inspect_file
+        from .bridge.progress import show
 
         report = inspect_file(ANY_FILE.resolve(file))
+        show(report)  # the front end shows a node's "text" by itself on its own nodes only
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
     @classmethod

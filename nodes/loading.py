@@ -59,8 +59,11 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, dtype: str, variant: str = AUTO) -> io.NodeOutput:
         from .bridge.model import load_model
+        from .bridge.preflight import show_loaded
 
-        return io.NodeOutput(load_model(str(MODELS.resolve(model)), dtype, None if variant == AUTO else variant))
+        patcher = load_model(str(MODELS.resolve(model)), dtype, None if variant == AUTO else variant)
+        show_loaded(patcher.model.given)
+        return io.NodeOutput(patcher)
 
 
 class LoadTextEncoders(io.ComfyNode):
@@ -99,8 +102,11 @@ class LoadTextEncoders(io.ComfyNode):
     @classmethod
     def execute(cls, clip_l: str, t5: str, t5_length: str) -> io.NodeOutput:
         from .bridge.clip import load_clip
+        from .bridge.preflight import show_loaded
 
-        return io.NodeOutput(load_clip(str(CLIPS.resolve(clip_l)), str(T5S.resolve(t5)), int(t5_length)))
+        clip = load_clip(str(CLIPS.resolve(clip_l)), str(T5S.resolve(t5)), int(t5_length))
+        show_loaded(*clip.cond_stage_model.given)
+        return io.NodeOutput(clip)
 
 
 class LoadAutoencoder(io.ComfyNode):
@@ -120,9 +126,12 @@ class LoadAutoencoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: str) -> io.NodeOutput:
+        from .bridge.preflight import show_loaded
         from .bridge.vae import load_vae
 
-        return io.NodeOutput(load_vae(str(VAES.resolve(vae))))
+        loaded = load_vae(str(VAES.resolve(vae)))
+        show_loaded(loaded.given)
+        return io.NodeOutput(loaded)
 
 
 class LoadEmbedded(io.ComfyNode):

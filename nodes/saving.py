@@ -53,9 +53,11 @@ class SaveModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, filename_prefix: str, format: str, layout: str) -> io.NodeOutput:  # noqa: A002
+        from .bridge.progress import show
         from .bridge.saving import save_model
 
         path, told = save_model(model, filename_prefix, format, layout)
+        show(f"{path.name}\n{told}")
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name}\n{told}"))
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from ...flux.specs.fit import Given, check_fit, faults_between
 from ...flux.weights.library import given_files
+from .files import describe_file
 from .paths import CLIPS, MODELS, T5S, VAES, find_file, list_files
+from .progress import show
 
-__all__ = ["ENCODERS", "MODEL", "check_together", "given_of", "users_files"]
+__all__ = ["ENCODERS", "MODEL", "check_together", "given_of", "show_loaded", "users_files"]
 
 # Our keys in what passes between nodes: which files made it.
 ENCODERS = "fluxfoundry_encoders"  # in a CONDITIONING: the text encoders, a tuple of ``Given``
@@ -37,6 +39,14 @@ def given_of(owner: Any) -> Given | None:
     """The file that one of our objects was loaded from; None for others'."""
     given = getattr(owner, "given", None)
     return given if isinstance(given, Given) else None
+
+
+def show_loaded(*files: Given) -> None:
+    """Show on a loader what its files are, and what was assumed of them."""
+    lines = []
+    for given in files:
+        lines += [f"{given.path.name}: {describe_file(given.path)}", *given.found.notes]
+    show("\n".join(lines))
 
 
 def check_together(transformer: Given | None, others: Sequence[Given]) -> None:

@@ -11,7 +11,7 @@ import latent_preview
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-__all__ = ["check_cancelled", "preview_callback", "say"]
+__all__ = ["check_cancelled", "preview_callback", "say", "show"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,14 @@ Callback = Callable[[int, Any, Any, int], None]
 def say(sentence: str) -> None:
     """Warn in the log, and show the sentence on the node that runs."""
     logger.warning("FLUX Foundry: %s", sentence)
+    show(sentence)
+
+
+def show(text: str) -> None:
+    """Show a text on the node that runs."""
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     if context is not None and server is not None:
-        server.send_progress_text(sentence, context.node_id)
+        server.send_progress_text(text, context.node_id)
 
 
 def check_cancelled(_: int = 0) -> None:
