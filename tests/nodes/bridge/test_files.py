@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,9 +83,13 @@ def test_a_file_is_looked_at_again_only_when_it_changed(files, tmp_path: Path, m
     assert files.stamp(path) != before
 
 
-def test_the_node_gives_and_shows_the_report(part, files) -> None:
+def test_the_node_gives_and_shows_the_report(part, pack, files, monkeypatch) -> None:
+    shown = []
+    progress = SimpleNamespace(show=shown.append)  # the real one tells the host's server
+    monkeypatch.setitem(sys.modules, f"{pack.__name__}.nodes.bridge.progress", progress)
     node = next(n for n in part("nodes.files").NODES if n.define_schema().node_id == "FluxFoundryInspectFile")
     output = node.execute("embedded: flux1-mini")
     assert output.result[0].splitlines()[1] == "what: Foundry Mini diffusion model, BF16"
     assert output.ui == {"text": (output.result[0],)}
+    assert shown == [output.result[0]]
     assert node.fingerprint_inputs("embedded: flux1-mini") == node.fingerprint_inputs("embedded: flux1-mini")
