@@ -28,6 +28,13 @@ class InspectFile(io.ComfyNode):
                     tooltip="A .safetensors or .gguf file in any of ComfyUI's model folders, behind its folder's name. "
                     "Only its header is read, which takes milliseconds however large it is.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="A MODEL that the file is to go with: a LoRA, ControlNet, text encoder or autoencoder. The "
+                    "report then says whether it fits, and which of your files would. Leave it open to see the file "
+                    "alone.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -38,16 +45,21 @@ class InspectFile(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
+    def execute(cls, file: str, model: io.Model.Type | None = None) -> io.NodeOutput:
         from .bridge.files import inspect_file
         from .bridge.progress import show
 
-        report = inspect_file(ANY_FILE.resolve(file))
+        path = ANY_FILE.resolve(file)
+        report = inspect_file(path)
+        if model is not None:
+            from .bridge.preflight import fit_report
+
+            report += "\n" + fit_report(model, path)
         show(report)  # the front end shows a node's "text" by itself on its own nodes only
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> object:
+    def fingerprint_inputs(cls, file: str, **_: object) -> object:
         """Runs again when the file changed."""
         from .bridge.files import stamp
 

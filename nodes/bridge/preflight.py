@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from ...flux.errors import MismatchError
 from ...flux.specs.fit import Given, check_fit, faults_between
 from ...flux.weights.library import given_files
 from .files import describe_file
 from .paths import CLIPS, MODELS, T5S, VAES, find_file, list_files
 from .progress import show
 
-__all__ = ["ENCODERS", "MODEL", "check_together", "given_of", "show_loaded", "users_files"]
+__all__ = ["ENCODERS", "MODEL", "check_together", "fit_report", "given_of", "show_loaded", "users_files"]
 
 # Our keys in what passes between nodes: which files made it.
 ENCODERS = "fluxfoundry_encoders"  # in a CONDITIONING: the text encoders, a tuple of ``Given``
@@ -47,6 +49,18 @@ def show_loaded(*files: Given) -> None:
     for given in files:
         lines += [f"{given.path.name}: {describe_file(given.path)}", *given.found.notes]
     show("\n".join(lines))
+
+
+def fit_report(patcher: Any, path: Path) -> str:
+    """Whether a file goes with a MODEL, in a line; for one of another loader, that it is not known."""
+    transformer = given_of(patcher.model)
+    if transformer is None:
+        return "fits: not known, for the MODEL was not loaded by FLUX Foundry"
+    try:
+        check_together(transformer, [given for given in given_files([path]) if given.found.kind != "transformer"])
+    except MismatchError as error:
+        return f"fits: no, {error}"
+    return f"fits: nothing speaks against {transformer.path.name}"
 
 
 def check_together(transformer: Given | None, others: Sequence[Given]) -> None:

@@ -339,3 +339,23 @@ def test_a_latent_is_refused_by_another_models_autoencoder_with_both_files(host:
                         "see": node("PreviewImage", images=["out", 0])})  # fmt: skip
     assert "big-ae.safetensors is the FLUX.1 autoencoder (VAE), but flux1-mini.safetensors is" in outcome.error
     assert "of your files these fit: ae.safetensors" in outcome.error
+
+
+def test_inspect_tells_whether_a_lora_goes_with_the_model(host: Host) -> None:
+    write_header_only(
+        host.base / "models" / "loras" / "xl.safetensors",
+        {
+            f"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_{side}.weight": (4, 4)
+            for side in ("up", "down")
+        },
+    )
+    own = {"diffusion_model.single_blocks.0.linear1.lora_A.weight": (4, 256),
+           "diffusion_model.single_blocks.0.linear1.lora_B.weight": (1792, 4)}  # fmt: skip
+    write_header_only(host.base / "models" / "loras" / "own.safetensors", own)
+    for name, words in (
+        ("xl", "fits: no, xl.safetensors is a LoRA"),
+        ("own", "fits: nothing speaks against flux1-mini"),
+    ):
+        inspect = node("FluxFoundryInspectFile", file=f"loras: {name}.safetensors", model=["load", 0])
+        [text] = [out["text"] for out in host.succeed({**start(), "out": inspect}).outputs.values()]
+        assert words in (text if isinstance(text, str) else text[0])

@@ -33,7 +33,7 @@ CONTRACT = {
         ],
         ["Latent"],
     ),
-    "FluxFoundryInspectFile": (["file"], ["String"]),
+    "FluxFoundryInspectFile": (["file", "model"], ["String"]),
     "FluxFoundrySaveModel": (["model", "filename_prefix", "format", "layout"], ["String"]),
 }  # fmt: skip
 
