@@ -38,6 +38,8 @@ class Weight(Protocol):
 
     def numbers(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor: ...
     def packed(self, device: torch.device | None = None) -> PackedWeight: ...
+    def forget(self) -> None:
+        """Let go of pages of a mapped file."""
 
 
 class Residency:
@@ -153,6 +155,8 @@ class Residency:
             layer.packed = None
         if not self.module.get_parameter(name).is_meta:
             self._set(name, torch.empty_like(self.module.get_parameter(name), device="meta"))
+        if brought:
+            self._weights[name].forget()
         return brought
 
     def _set(self, name: str, tensor: Tensor) -> None:

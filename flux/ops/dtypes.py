@@ -34,7 +34,7 @@ def _fast_dtype(device_type: str) -> torch.dtype:
         return torch.bfloat16
     full = _probe_seconds(torch.float32)
     # One small product first: where bf16 is emulated, the whole probe would take noticeable time.
-    if _probe_seconds(torch.bfloat16, rows=16, repeats=1) > full:
+    if _probe_seconds(torch.bfloat16, rows=16) > full:
         return torch.float32
     return torch.bfloat16 if _probe_seconds(torch.bfloat16) < full else torch.float32
 

@@ -63,6 +63,11 @@ class Binding:
         out = assemble(self.recipe, lambda name: self.sources[name].numbers(dtype, device, alone))
         return out.view(self.shape)
 
+    def forget(self) -> None:
+        """Let go of the file's pages that were mapped for it."""
+        for source in self.sources.values():
+            source.forget()
+
     def packed(self, device: torch.device | None = None) -> Packed:
         """The parameter as it is stored; on the CPU a view of the file."""
         alone = self.recipe.only_renames

@@ -39,6 +39,9 @@ class ModelFile(Protocol):
     def stored(self, name: str, /) -> Tensor:
         """A tensor as it stands in the file; not to be written to."""
 
+    def want(self, name: str, /) -> None:
+        """Have a mapped tensor's pages brought in together, ahead of their use."""
+
     def forget(self, name: str, /) -> None:
         """Let go of a mapped tensor's pages."""
 
@@ -107,6 +110,8 @@ class Source:
         Raises:
             FileError: See ``stored``.
         """
+        for name in self.parts.values():
+            self.file.want(name)
         stored = self.stored(device)
         out = self.format.decode(stored, self.shape if shape is None else shape, dtype)
         if out.data_ptr() != stored[DATA].data_ptr():

@@ -8,8 +8,7 @@ items in one thread only. Two four-bit numbers are looked up as one item of 64 b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .threads import share_out
 
 __all__ = ["as_bytes", "cast", "empty", "look_up", "scale_runs"]
 
@@ -118,7 +119,7 @@ def _fill_on_cpu(codes: Tensor, table: Tensor, out: Tensor, scales: Tensor | Non
                 for target, source in zip(torch.split(part, SERIAL), torch.split(numbers, SERIAL), strict=True):
                     target.copy_(source)
 
-    _run(work, spans, threads)
+    share_out(work, spans, threads)
     if body < out.numel():  # an odd byte at the end of pairs
         tail = table[codes[body:].long()].view(-1)
         out[body:] = scale_runs(tail, None if scales is None else scales[-1:], run)
@@ -153,14 +154,3 @@ def _spans(total: int, run: int, chunk: int, scales: Tensor | None) -> list[tupl
     """Where chunks begin and end: about ``chunk`` numbers each, and no run cut in two."""
     step = chunk if scales is None or scales.numel() == 1 else max(1, chunk // run) * run
     return [(start, min(start + step, total)) for start in range(0, total, step)]
-
-
-def _run(work: Callable[[Iterator[tuple[int, int]]], None], spans: list[tuple[int, int]], threads: int) -> None:
-    """Every span done once: each thread takes the next one that is left."""
-    shared = iter(spans)
-    if threads < 2:
-        work(shared)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(work, shared) for _ in range(threads)]:
-            future.result()

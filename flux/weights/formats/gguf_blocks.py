@@ -9,6 +9,7 @@ Shapes: C blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .base import DATA, Format, Parts
 from .gguf_k import K_UNPACKS, Scratch, Unpack, Unpacked, bits_to_bytes, empty, from_table, halves, nibbles, packed
+from .threads import Span, share_out, spans_of
 
 __all__ = ["BLOCKS", "GGUF_FORMATS", "BlockType"]
 
@@ -139,10 +141,15 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
     data = _at_words(parts[DATA])
     data = data.view(data.numel() // block.bytes, block.bytes)
     numbers = empty(len(data) * block.values, dtype, data.device).view(-1, block.values)
-    size = CPU_RUN * torch.get_num_threads() if data.device.type == "cpu" else DEVICE_RUN
-    run, scratch = size // block.values, Scratch(data.device)
-    for start in range(0, len(data), run):
-        _write(unpack(data[start : start + run], scratch), numbers[start : start + run], scratch)
+    size, threads = (CPU_RUN, torch.get_num_threads()) if data.device.type == "cpu" else (DEVICE_RUN, 1)
+    spans = spans_of(len(data), size // block.values)
+
+    def work(left: Iterator[Span]) -> None:
+        scratch = Scratch(data.device)
+        for start, stop in left:
+            _write(unpack(data[start:stop], scratch), numbers[start:stop], scratch)
+
+    share_out(work, spans, min(threads, len(spans)))
     return numbers.view(shape)
 
 

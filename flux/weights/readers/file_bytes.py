@@ -24,7 +24,7 @@ __all__ = ["ENVIRONMENT", "WAYS", "FileBytes"]
 WAYS = ("auto", "map", "read")
 ENVIRONMENT = "FLUXFOUNDRY_FILES"  # the one switch: a word of ``WAYS``
 PROBE_BYTES = 16 << 20  # of each way, when both are timed
-SLOWER = 3.0  # times that mapping must be slower than reading before it is given up for a file
+SLOWER = 8.0  # times; a local disk that has to be waited for is up to four times slower page by page
 MEASURABLE = 5e-3  # seconds below which a probe says nothing: the file lies in memory already
 
 
@@ -79,6 +79,13 @@ class FileBytes:
                 self.way = "read"
                 return self._read(fd, start, length, what).view(dtype)
             return _view(self._map, start, length, dtype)
+
+    def want(self, start: int, length: int) -> None:
+        """Have a mapped part's pages brought in together, ahead of their use."""
+        page = mmap.PAGESIZE
+        first = start // page * page
+        if self._map is not None and hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED, first, start + length - first)
 
     def forget(self, start: int, length: int) -> None:
         """Let go of a mapped part's pages; they come in again when they are used. Nothing where nothing is mapped."""

@@ -157,6 +157,11 @@ class GgufFile(Mapping[str, TensorEntry]):
         flat = self._bytes.tensor(start, length, dtype or torch.uint8, f"tensor {name}")
         return flat.view(entry.shape) if dtype else flat.view(-1, BLOCKS[entry.dtype].bytes)
 
+    def want(self, name: str) -> None:
+        """Have a mapped tensor's pages brought in together, ahead of their use."""
+        entry = self[name]
+        self._bytes.want(self.data_start + entry.start, entry.end - entry.start)
+
     def forget(self, name: str) -> None:
         """Let go of a mapped tensor's pages."""
         entry = self[name]

@@ -51,6 +51,11 @@ class SafetensorsFile(SafetensorsHeader):
         start, length = self.data_start + entry.start, entry.end - entry.start
         return self._bytes.tensor(start, length, dtype, f"tensor {name}").view(entry.shape)
 
+    def want(self, name: str) -> None:
+        """Have a mapped tensor's pages brought in together, ahead of their use."""
+        entry = self[name]
+        self._bytes.want(self.data_start + entry.start, entry.end - entry.start)
+
     def forget(self, name: str) -> None:
         """Let go of a mapped tensor's pages."""
         entry = self[name]

@@ -75,6 +75,10 @@ class ShardedFile(Mapping[str, TensorEntry]):
         """See ``SafetensorsFile.read``."""
         return self._home[name].read(name)
 
+    def want(self, name: str) -> None:
+        """See ``SafetensorsFile.want``."""
+        self._home[name].want(name)
+
     def forget(self, name: str) -> None:
         """See ``SafetensorsFile.forget``."""
         self._home[name].forget(name)

@@ -45,6 +45,9 @@ class Stored:
         self.reads.append(self.name)
         return self.tensor.to(device, dtype)
 
+    def forget(self):
+        self.forgotten = True
+
     def packed(self, device=None):
         self.reads.append(self.name)
         return Bytes(self.tensor.to(device, torch.uint8))

@@ -66,13 +66,15 @@ def test_codes_of_any_shape_and_stride_are_read_in_order():
     assert torch.equal(look_up(turned, table, torch.float32), look_up(turned.contiguous(), table, torch.float32))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_fault_in_a_thread_is_raised(threads):
-    def fail(spans):
-        raise MemoryError
-
-    with pytest.raises(MemoryError):
-        chunks._run(fail, [(0, 1), (1, 2)], threads)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inside", [False, True])
+def test_large_tensors_are_looked_up_in_threads_in_and_out_of_inference_mode(monkeypatch, dtype, inside):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    codes, table, scales = case(2, chunks.LARGE, 64)
+    with torch.inference_mode(inside):
+        numbers = look_up(codes, table, dtype, scales, 64)
+    assert numbers.is_inference() == inside
+    assert torch.equal(numbers, expected(codes, table, scales, 64).to(dtype))
 
 
 def test_large_memory_lies_where_torch_would_put_it():
