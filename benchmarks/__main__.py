@@ -1,6 +1,7 @@
 """Every table that the project publishes: ``python -m benchmarks`` (or ``make bench``).
 
-``--quick`` leaves the two slow ones out: the prompts of the embedded models, and the step beside diffusers.
+``--quick`` leaves the slow ones out: fidelity, decoding, the prompts of the embedded models, and the step beside
+diffusers. ``--fidelity`` prints what each storage format costs, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from flux.pipelines.parts import open_autoencoder
 from flux.version import VERSION
 from flux.weights.readers.safetensors import SafetensorsFile
 
-from . import prompts, startup, transformer
+from . import decoding, fidelity, opening, prompts, startup, transformer
 
 __all__ = ["main"]
 
@@ -35,13 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the tables, and keep them in ``benchmarks/tables`` if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only what takes seconds")
+    parser.add_argument("--fidelity", action="store_true", help="only what each storage format costs")
     parser.add_argument("--count", type=int, default=600, help="prompts for each embedded model (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help=f"keep the tables in {TABLES.parent.name}/{TABLES.name}")
     options = parser.parse_args(arguments)
-    parts = {"environment": environment, "embedded": embedded, "startup": startup.table}
+    parts = {"environment": environment, "embedded": embedded, "startup": startup.table, "opening": opening.table}
     if not options.quick:
+        parts["fidelity"] = fidelity.table
+        parts["decoding"] = decoding.table
         parts["prompts"] = lambda: prompts.table(options.count)
         parts["transformer"] = transformer.table
+    if options.fidelity:
+        parts = {"fidelity": fidelity.table}
     for name, make in parts.items():
         text = make()
         sys.stdout.write(f"## {name}\n\n{text}\n\n")

@@ -12,8 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TITLES = {
     "prompts": "Does the embedded model draw what the prompt says?",
     "embedded": "The embedded files",
+    "fidelity": "What each storage format costs",
     "startup": "How long it takes",
+    "opening": "Opening the largest file",
+    "decoding": "Unpacking weights on the CPU",
     "transformer": "Beside diffusers",
+    "real_size": "A FLUX.1 of real size on the CPU",
 }
 BETWEEN = re.compile(r"(<!-- tables:begin.*?-->\n).*?(<!-- tables:end -->)", re.DOTALL)
 
