@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
+from torch import get_num_threads, set_num_threads
 
 __all__ = ["Span", "share_out", "spans_of"]
 
@@ -81,16 +82,16 @@ def _make_pool(count: int) -> ThreadPoolExecutor:
     Torch's setting is each thread's own from the first time that the thread asks for it, and what was set last is what
     further threads begin with: so every thread asks before it sets, and the caller sets its own again at the end.
     """
-    before, begun = torch.get_num_threads(), threading.Barrier(count + 1)
+    before, begun = get_num_threads(), threading.Barrier(count + 1)
 
     def begin() -> None:
-        torch.get_num_threads()
-        torch.set_num_threads(1)
+        get_num_threads()
+        set_num_threads(1)
         begun.wait()
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="unpack", initializer=begin)
     for _ in range(count):
         pool.submit(int)
     begun.wait()
-    torch.set_num_threads(before)
+    set_num_threads(before)
     return pool
