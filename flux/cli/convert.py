@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from ..pipelines.modules import parameter_shapes
 from ..weights.convert import convert, describe_formats
 from .console import Bar, note, say
 from .inspect import human_bytes
@@ -19,6 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
         done = convert(
             arguments.source, arguments.target, arguments.to,
             part=arguments.part, variant=arguments.variant, replace=arguments.replace,
+            expected=parameter_shapes,
             watch=lambda place, count, _: bar.show("converting", place, count),
         )  # fmt: skip
     if not arguments.quiet:

@@ -120,7 +120,7 @@ class _Search:
 
     def part(self, option: str, name: str, folders: tuple[str, ...]) -> Path:
         """The file of an encoder or autoencoder: the transformer's own, one of the usual name, or what is one."""
-        from ..weights.library import model_files_in
+        from ..pipelines.library import model_files_in
 
         if name in self._named(self.path):
             return self.path
@@ -137,7 +137,7 @@ class _Search:
 
     def _named(self, path: Path) -> list[str]:
         """The specs of all parts of a file."""
-        from ..weights.library import given_files
+        from ..pipelines.library import given_files
 
         return [given.found.spec.name for given in given_files([path]) if given.found.spec is not None]
 

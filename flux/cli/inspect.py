@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..pipelines.library import given_files, model_files_in
+from ..pipelines.modules import parameter_shapes
 from ..specs.fit import faults_between
 from ..weights.checkpoints import FilePart, formats_of, read_parts
-from ..weights.library import given_files, model_files_in
 from ..weights.readers.sharded import index_in
 from ..weights.sources import Checkpoint, open_checkpoint
 from .console import fault, say, table
@@ -78,7 +79,7 @@ def describe(path: Path) -> dict[str, Any]:
         UserError: It is not a whole model file.
     """
     checkpoint = open_checkpoint(path)
-    parts = read_parts(checkpoint)
+    parts = read_parts(checkpoint, expected=parameter_shapes)
     return {
         "file": str(path),
         "container": "GGUF" if checkpoint.is_gguf else "safetensors",

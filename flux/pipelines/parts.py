@@ -29,8 +29,8 @@ from ..specs.recognition import Recognised
 from ..specs.text import ClipTextSpec, T5Spec
 from ..weights.binding import Binding, bind
 from ..weights.checkpoints import FilePart, read_parts
-from ..weights.library import given_files, model_files_in
 from ..weights.sources import Checkpoint, open_checkpoint
+from .library import given_files, model_files_in
 
 __all__ = [
     "KEEPS", "BoundPart", "Part", "bind_part", "check_beside", "find_part", "open_autoencoder", "open_clip", "open_t5",

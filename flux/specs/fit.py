@@ -45,9 +45,14 @@ class Given:
 
     path: Path
     found: Recognised
+    label: str = ""  # what the user calls it, where that is not the file's name
+
+    @property
+    def name(self) -> str:
+        return self.label or self.path.name
 
     def __str__(self) -> str:
-        return f"{self.path.name} is {self.found.title}"
+        return f"{self.name} is {self.found.title}"
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ def _part_fault(transformer: Given, spec: TransformerSpec, other: Given) -> _Fau
 
 def _fault(transformer: Given, other: Given, reason: str, wanted: Mapping[str, _Place]) -> _Fault:
     get = " and ".join(where_to_get(place.name) for place in wanted.values() if _has_release(place))
-    remedy = f"get {get}" if get else f"no release fits {transformer.path.name}; use the parts that it was trained with"
+    remedy = f"get {get}" if get else f"no release fits {transformer.name}; use the parts that it was trained with"
     return _Fault(other, f"{other}, but {transformer}, {reason}", tuple(wanted), remedy)
 
 
@@ -217,10 +222,10 @@ def _way_out(transformer: Given, fault: _Fault, candidates: Sequence[Given]) -> 
             if candidate.found.kind == "transformer" and not _faults(candidate, [fault.given])
         ]  # fmt: skip
     way_out = f"of your files these fit: {_listed(fitting)}" if fitting else fault.remedy
-    return way_out + (f" ({fault.given.path.name} goes with {_listed(goes_with)})" if goes_with else "")
+    return way_out + (f" ({fault.given.name} goes with {_listed(goes_with)})" if goes_with else "")
 
 
 def _listed(files: Iterable[Given]) -> str:
     """Names of files, each once; empty for none."""
-    names = list(dict.fromkeys(file.path.name for file in files))
+    names = list(dict.fromkeys(file.name for file in files))
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -14,7 +14,9 @@ from .packed import Packed, PackedPart
 from .renames import Plan, Recipe, assemble
 from .sources import Source
 
-__all__ = ["Binding", "bind"]
+__all__ = ["Binding", "Shapes", "bind", "listed"]
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 SHOWN = 3  # names that a message lists
 LARGEST_PADDING = 31  # rows or columns that nvfp4 and mxfp8 may add
@@ -121,5 +123,9 @@ def _is_padded(recipe: Recipe, own: Mapping[str, Source], found: tuple[int, ...]
 
 def _complain(label: str, fault: str, names: list[str]) -> None:
     if names:
-        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-        raise FileError(f"{label} {fault}: {shown}; use a whole file of this model")
+        raise FileError(f"{label} {fault}: {listed(names)}; use a whole file of this model")
+
+
+def listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import FileError
 from ..specs.recognition import Recognised, recognise_foreign, recognise_part
+from .binding import Shapes, bind, listed
+from .formats.floats import WHOLE_BITS
 from .renames import FoundLayout, Plan, Recipe, find_layouts
 from .sources import Checkpoint, Source
 
-__all__ = ["FilePart", "formats_of", "read_parts"]
+__all__ = ["Expected", "FilePart", "formats_of", "read_parts"]
+
+Expected = Callable[[Any], Shapes | None]
 
 
 @dataclass(frozen=True)
@@ -41,24 +46,26 @@ class FilePart:
         Raises:
             FileError: Something is amiss.
         """
-        if self.plan is None:
+        if self.plan is None or self.fault is not None:
             raise FileError(self.fault or f"{self.recognised.title} cannot be loaded")
         return self.plan
 
 
-def read_parts(checkpoint: Checkpoint, variant: str | None = None) -> list[FilePart]:
+def read_parts(checkpoint: Checkpoint, variant: str | None = None, expected: Expected | None = None) -> list[FilePart]:
     """Everything that a file holds; empty when nothing in it is known.
 
     Args:
         checkpoint: The file, opened.
         variant: What its transformer is by the user's word; decides where tensors cannot.
+        expected: Gives the shapes of all parameters of a spec, so that a tensor that is missing or misshapen is a fault
+            already; None where binding will tell.
 
     Raises:
         MismatchError: The tensors contradict ``variant``.
     """
-    parts = [_read_part(checkpoint, found, variant) for found in find_layouts(checkpoint)]
-    if any(part.kind == "transformer" for part in parts):
-        return parts
+    parts = [_read_part(checkpoint, found, variant, expected) for found in find_layouts(checkpoint)]
+    if any(part.layout is not None and part.layout.layout.part == "transformer" for part in parts):
+        return parts  # a model of another size or one that is not whole says itself what it is
     foreign = recognise_foreign(checkpoint)
     if foreign is None:
         return parts
@@ -68,7 +75,7 @@ def read_parts(checkpoint: Checkpoint, variant: str | None = None) -> list[FileP
     return [FilePart(foreign), *(part for part in parts if part.kind in ("clip", "t5"))]
 
 
-def _read_part(checkpoint: Checkpoint, found: FoundLayout, variant: str | None) -> FilePart:
+def _read_part(checkpoint: Checkpoint, found: FoundLayout, variant: str | None, expected: Expected | None) -> FilePart:
     fault, plan = None, None
     try:
         plan = found.to_ours(checkpoint, checkpoint.path.name)
@@ -81,7 +88,27 @@ def _read_part(checkpoint: Checkpoint, found: FoundLayout, variant: str | None) 
         file_name=checkpoint.path.name, metadata=checkpoint.metadata,
         variant=variant if layout.part == "transformer" else None,
     )  # fmt: skip
+    if plan is not None:
+        fault = _fault(checkpoint, plan, None if expected is None else expected(recognised.spec))
     return FilePart(recognised, found, plan, fault)
+
+
+def _fault(checkpoint: Checkpoint, plan: Plan, wanted: Shapes | None) -> str | None:
+    """Why a part with known names cannot be loaded; None for nothing that is known."""
+    label = checkpoint.path.name
+    whole = [n for recipe in plan.values() for n in recipe.sources if checkpoint[n].format.name in WHOLE_BITS]
+    if whole:
+        return (
+            f"{label} stores whole numbers without scales in place of weights: {listed(whole)}; use the model's own "
+            "release"
+        )
+    if wanted is None:
+        return None
+    try:
+        bind(plan, checkpoint, wanted, label)
+    except FileError as error:
+        return str(error)
+    return None
 
 
 def _shapes(checkpoint: Checkpoint, found: FoundLayout, plan: Plan | None) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,13 @@ from ..errors import MismatchError, UserError
 from ..specs.flux1 import Flux1Spec
 from ..specs.flux2 import Flux2Spec
 from .binding import Binding
-from .checkpoints import FilePart, read_parts
+from .checkpoints import Expected, FilePart, read_parts
 from .formats.companions import METADATA as QUANT_METADATA
 from .formats.written import GGUF, WRITTEN, Written
 from .packed import Packed
 from .renames import LAYOUTS, Layout
 from .sources import Checkpoint, open_checkpoint
-from .storing import Outcome, Stores, Watch, store
+from .storing import DIFFUSERS_FORMATS, Outcome, Stores, Watch, store
 
 __all__ = [
     "CONVERTIBLE",
@@ -51,10 +52,14 @@ class StoredItem:
     def shape(self) -> tuple[int, ...]:
         return self.binding.shape
 
+    @property
+    def stored_as(self) -> frozenset[str]:
+        return frozenset(source.format.name for source in self.binding.sources.values())
+
     def numbers(self) -> Tensor:
         """In their own type where that is plain, so that the file itself serves; fp32 where they are packed."""
-        names = {source.format.name for source in self.binding.sources.values()}
-        dtype = PLAIN_DTYPES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
+        names = self.stored_as
+        dtype = PLAIN_DTYPES.get(next(iter(names)), torch.float32) if len(names) == 1 else torch.float32
         return self.binding.numbers(dtype)
 
     def packed(self) -> Packed | None:
@@ -80,14 +85,26 @@ def parse_target(to: str) -> tuple[Written | None, str | None]:
     for word in to.split(","):
         if word in LAYOUT_NAMES:
             layout = word
-        elif word in WRITTEN:
-            written = WRITTEN[word]
+        elif (name := written_name(word)) is not None:
+            written = WRITTEN[name]
         else:
             known = ", ".join((*WRITTEN, *LAYOUT_NAMES))
             raise UserError(f"there is no format {word!r}; choose one of: {known}")
-    if written is not None and written.name.startswith(GGUF) and layout == "diffusers":
-        raise UserError("GGUF files have Black Forest Labs' names; leave diffusers away, or choose another format")
+    if written is not None and layout == "diffusers":
+        if written.name.startswith(GGUF):
+            raise UserError("GGUF files have Black Forest Labs' names; leave diffusers away, or choose another format")
+        if written.name not in DIFFUSERS_FORMATS:
+            raise UserError(
+                f"diffusers does not read {written.name} files; with its layout choose one of "
+                f"{', '.join(DIFFUSERS_FORMATS)}"
+            )
     return written, layout
+
+
+def written_name(word: str) -> str | None:
+    """A key of ``WRITTEN`` for what people write: any case, and llama.cpp's mixtures (Q4_K_M) for their blocks."""
+    plain = re.sub(r"_K_[SML]$", "_K", word.upper())
+    return next((name for name in WRITTEN if name.upper() == plain), None)
 
 
 def convert(
@@ -99,6 +116,7 @@ def convert(
     variant: str | None = None,
     replace: bool = False,
     watch: Watch | None = None,
+    expected: Expected | None = None,
 ) -> Converted:
     """Write one part of a model file in another format or layout, tensor by tensor.
 
@@ -110,6 +128,7 @@ def convert(
         variant: What a transformer is, where its tensors cannot tell; written into the new file.
         replace: Whether an older file of that name may be replaced.
         watch: See ``storing.store``.
+        expected: See ``checkpoints.read_parts``.
 
     Raises:
         UserError: A file cannot be read or written, is of no kind that is known here, or does not have that part.
@@ -117,14 +136,20 @@ def convert(
     written, layout = parse_target(to)
     check_suffix(target, written)
     checkpoint = open_checkpoint(source)
-    found = _part(checkpoint, part, variant)
+    found = _part(checkpoint, part, variant, expected)
     stores = Stores(
         part=found.kind,
         layout=layout_for(found, written, layout),
         written=written,
         metadata=_metadata(checkpoint.metadata, found, variant),
         title=title_of(found),
+        source=checkpoint.path.name,
     )
+    if written is not None and written.packs and found.kind == "autoencoder":
+        raise MismatchError(
+            f"{checkpoint.path.name} is {found.recognised.title}, whose convolutions no format packs; choose bf16, "
+            "fp16 or fp32"
+        )
     outcome = store(target, items_of(checkpoint, found), stores, replace=replace, watch=watch)
     return Converted(found.recognised.title, stores.layout.title, outcome)
 
@@ -153,7 +178,7 @@ def check_suffix(target: Path, written: Written | None) -> None:
         UserError: It does.
     """
     suffix = suffix_for(written)
-    if target.suffix.lower() != suffix:
+    if target.suffix.lower() not in (suffix, ".sft" if suffix != ".gguf" else suffix):
         raise UserError(f"{target.name} will be a {suffix} file; give it a name that ends so")
 
 
@@ -186,8 +211,8 @@ def items_of(checkpoint: Checkpoint, found: FilePart) -> dict[str, StoredItem]:
     return items
 
 
-def _part(checkpoint: Checkpoint, part: str | None, variant: str | None) -> FilePart:
-    parts = read_parts(checkpoint, variant)
+def _part(checkpoint: Checkpoint, part: str | None, variant: str | None, expected: Expected | None) -> FilePart:
+    parts = read_parts(checkpoint, variant, expected)
     for kind in CONVERTIBLE if part is None else (part,):
         found = next((own for own in parts if own.kind == kind), None)
         if found is not None:
@@ -208,6 +233,6 @@ def _metadata(metadata: Mapping[str, str], found: FilePart, variant: str | None)
     name = metadata.get("general.name")
     if name is not None and TITLE not in kept:
         kept[TITLE] = name
-    if variant is not None:
-        kept[TITLE] = title_of(found)
+    if found.kind == "transformer" and (variant is not None or found.recognised.notes):
+        kept[TITLE] = title_of(found)  # tensors do not tell it, and the new file may have another name
     return kept

@@ -200,6 +200,8 @@ def _is_gguf(path: Path) -> bool:
     if path.suffix.lower() == ".gguf":
         return True
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:

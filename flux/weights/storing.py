@@ -22,6 +22,7 @@ from ..errors import FluxFoundryError, UserError
 from .formats.base import DATA, Format
 from .formats.bnb import QUANT_STATE
 from .formats.floats import FLOATS
+from .formats.gguf_blocks import GGUF_FORMATS
 from .formats.naming import COMFY_NAMES, COMFY_QUANT, WEIGHT, comfy_quant, companion_names
 from .formats.written import GGUF, WRITTEN, Written
 from .packed import Packed
@@ -45,7 +46,10 @@ FILE_TYPES = {  # llama.cpp's numbers of whole files
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 14,
     "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
 }  # fmt: skip
+GGUF_TEXTS = ("license", "author", "description")  # of a safetensors header's, those that GGUF has a key for
 QUANTIZATION_VERSION = 2  # of ggml's block formats
+PLAIN_NAMES = ("fp32", "bf16", "fp16")
+DIFFUSERS, DIFFUSERS_FORMATS = "-diffusers", (*PLAIN_NAMES, "nf4")
 SIXTEEN_BITS, SMALL_BLOCKS = "bf16", "gguf:Q8_0"
 # Formats whose stored tensors serve in a new safetensors file as they are: its names tell all that a reader must know.
 COPIED = frozenset({*FLOATS.values(), *(row.row for row in WRITTEN.values() if row.row.name in COMFY_NAMES)})
@@ -56,6 +60,10 @@ class Item(Protocol):
 
     @property
     def shape(self) -> Shape: ...
+
+    @property
+    def stored_as(self) -> frozenset[str]:
+        """Names of the formats that it is stored in; none where it was made for the occasion."""
 
     def numbers(self) -> Tensor:
         """In the type that they are stored in, where that is plain; else fp32. On the CPU."""
@@ -74,6 +82,7 @@ class Stores:
         written: The format; None keeps what a tensor is stored in.
         metadata: The header's own texts.
         title: Of the model.
+        source: What it is taken from, for messages.
     """
 
     part: str
@@ -81,10 +90,19 @@ class Stores:
     written: Written | None
     metadata: Mapping[str, str]
     title: str
+    source: str = "the model"
 
     @property
     def is_gguf(self) -> bool:
         return self.written is not None and self.written.name.startswith(GGUF)
+
+    def reads(self, row: Written) -> bool:
+        """Whether programs that read this layout know a format: diffusers knows plain floats and bitsandbytes' nf4."""
+        return not self.layout.name.endswith(DIFFUSERS) or row.name in DIFFUSERS_FORMATS
+
+    def keeps(self, row: Format) -> bool:
+        """Whether stored tensors of a format may stay as they are in this layout."""
+        return any(self.reads(written) for written in WRITTEN.values() if written.row is row) or row in FLOATS.values()
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ class _Out:
 def _plan_one(name: str, recipe: Recipe, items: Mapping[str, Item], stores: Stores) -> _Out:
     shape = recipe.shape(lambda source: items[source].shape)
     if stores.written is None:
-        kept = _copied(recipe, items, shape)
+        kept = _copied(recipe, items, shape, stores)
         if kept is not None:
             return _Out(name, shape, kept[0], kept[1])
     is_packed = all(packs(stores.part, source) for source in recipe.sources)
@@ -148,13 +166,13 @@ def _plan_one(name: str, recipe: Recipe, items: Mapping[str, Item], stores: Stor
         try:
             return written.encode(assemble(recipe, lambda source: items[source].numbers()))
         except FluxFoundryError as error:
-            raise UserError(f"tensor {name} cannot be stored as {written.name}: {error}") from error
+            raise UserError(f"{stores.source}: tensor {name} cannot be stored as {written.name}: {error}") from error
 
     return _Out(name, shape, written.row, make)
 
 
 def _copied(
-    recipe: Recipe, items: Mapping[str, Item], shape: Shape
+    recipe: Recipe, items: Mapping[str, Item], shape: Shape, stores: Stores
 ) -> tuple[Format, Callable[[], Mapping[str, Tensor]]] | None:
     """A stored tensor, or rows of it, bit for bit; None where numbers have to be made."""
     piece = recipe.pieces[0]
@@ -163,7 +181,7 @@ def _copied(
         return None
     (part,) = packed.parts.values()
     row, pick = part.format, part.format.rows
-    if row not in COPIED:
+    if row not in COPIED or not stores.keeps(row):
         return None
     if recipe.only_renames:
         return row, lambda: part.stored
@@ -175,7 +193,7 @@ def _copied(
 
 def _written_for(stores: Stores, shape: Shape, is_packed: bool, item: Item) -> Written:
     """The format of one tensor."""
-    wanted = stores.written or _same_format(item)
+    wanted = stores.written or _same_format(item, stores)
     if not wanted.packs:
         if stores.is_gguf and len(shape) < 2:
             return WRITTEN[GGUF + "F32"]  # as llama.cpp wants norms and biases
@@ -183,20 +201,27 @@ def _written_for(stores: Stores, shape: Shape, is_packed: bool, item: Item) -> W
     if is_packed and wanted.suits(shape):
         return wanted
     if not stores.is_gguf:
-        return WRITTEN[SIXTEEN_BITS]
+        return _plain_format(item)
     if is_packed and WRITTEN[SMALL_BLOCKS].suits(shape):
         return WRITTEN[SMALL_BLOCKS]
     return WRITTEN[GGUF + ("BF16" if len(shape) > 1 else "F32")]
 
 
-def _same_format(item: Item) -> Written:
-    """The format that a tensor is stored in, where it can be written, else 16 bits."""
-    packed = item.packed()
-    names = {row.name for row in packed.formats} if packed is not None else set()
-    return next((row for row in WRITTEN.values() if row.row.name in names), WRITTEN[SIXTEEN_BITS])
+def _same_format(item: Item, stores: Stores) -> Written:
+    """The format that a tensor is stored in, where a safetensors file in this layout has it, else plain numbers."""
+    names = item.stored_as
+    kept = (row for row in WRITTEN.values() if row.row.name in names and not row.name.startswith(GGUF))
+    return next((row for row in kept if stores.reads(row)), WRITTEN[SIXTEEN_BITS])
+
+
+def _plain_format(item: Item) -> Written:
+    """What a tensor that is not packed is stored as: its own plain type, else 16 bits."""
+    names = item.stored_as
+    return next((WRITTEN[name] for name in PLAIN_NAMES if WRITTEN[name].row.name in names), WRITTEN[SIXTEEN_BITS])
 
 
 def _write_safetensors(path: Path, outs: Sequence[_Out], stores: Stores, replace: bool, watch: Watch) -> None:
+    assert not any(out.row in GGUF_FORMATS.values() for out in outs), "safetensors files have no GGUF blocks"
     names = [name for out in outs for name in _names(out, (*out.row.companions, *out.row.optional, QUANT_STATE))]
     with SafetensorsWriter(path, names, {**stores.metadata, "format": "pt"}, replace=replace) as writer:
         for place, out in enumerate(outs):
@@ -228,6 +253,7 @@ def _write_gguf(path: Path, outs: Sequence[_Out], stores: Stores, replace: bool,
         "general.name": stores.title,
         "general.quantization_version": QUANTIZATION_VERSION,
         "general.file_type": FILE_TYPES[kind],
+        **{f"general.{key}": stores.metadata[key] for key in GGUF_TEXTS if key in stores.metadata},
     }
     planned = {out.name: (out.row.name, out.shape) for out in outs}
     with GgufWriter(path, fields, planned, replace=replace) as writer:

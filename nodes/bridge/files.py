@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...flux.errors import UserError
+from ...flux.pipelines.modules import parameter_shapes
 from ...flux.weights.checkpoints import FilePart, formats_of, read_parts
 from ...flux.weights.sources import Checkpoint, open_checkpoint
 
@@ -73,7 +74,7 @@ def _look(path: Path, size: int, changed: int) -> Seen:
     del size, changed  # only keys
     try:
         checkpoint = open_checkpoint(path)
-        parts = read_parts(checkpoint)
+        parts = read_parts(checkpoint, expected=parameter_shapes)
     except (UserError, OSError) as error:
         return _bad(path, str(error))
     told = [(bare(part.recognised.title), _format(checkpoint, part)) for part in parts]

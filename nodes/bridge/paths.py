@@ -19,7 +19,7 @@ from ...flux.mini.files import MINI, MINI_SCHNELL, MiniFiles
 from ...flux.weights.readers.sharded import INDEX_SUFFIX, SHARD
 
 __all__ = [
-    "ANY_FILE", "CLIPS", "EMBEDDED", "EMBEDDED_MODELS", "MODELS", "T5S", "VAES", "AnyFile", "Choice",
+    "ANY_FILE", "CHECKPOINTS", "CLIPS", "EMBEDDED", "EMBEDDED_MODELS", "MODELS", "T5S", "VAES", "AnyFile", "Choice",
     "resolve_embedded",
 ]  # fmt: skip
 
@@ -33,7 +33,7 @@ INSPECTED = (
     "diffusion_models", "checkpoints", "text_encoders", "vae", "loras", "controlnet", "style_models", "clip_vision",
 )  # fmt: skip
 LOOK_SECONDS = 1.0  # that a listing spends on reading headers; what is left is looked at the next time
-DESCRIBED = 20  # files that a tooltip tells of
+DESCRIBED = 60  # files that a tooltip tells of
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,15 @@ class Choice:
         """What the listed files are, a line for each, for a tooltip; empty where there are none."""
         from .files import describe_file
 
-        lines, end = [], time.monotonic() + LOOK_SECONDS
-        for name in list_files(self.folder)[:DESCRIBED]:
-            path = find_file(self.folder, name)
-            if path is not None and path.is_file() and time.monotonic() < end:
+        lines, left, end = [], 0, time.monotonic() + LOOK_SECONDS
+        for name in self.names():
+            if name in self.own:
+                continue
+            if len(lines) == DESCRIBED or time.monotonic() > end:
+                left += 1
+            elif (path := self._find(name)) is not None:
                 lines.append(f"{name}: {describe_file(path)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"and {left} more; Inspect FLUX File tells what each is"] if left else [])])
 
     def resolve(self, name: str) -> Path:
         """The file of a name, which may come from anywhere.
@@ -98,6 +101,14 @@ class Choice:
         if name.startswith(CHECKPOINTS):
             return require_file("checkpoints", name.removeprefix(CHECKPOINTS))
         return require_file(self.folder, name)
+
+    def _find(self, name: str) -> Path | None:
+        """The file of a listed name; None where it is gone."""
+        try:
+            path = self.resolve(name)
+        except MissingFileError:
+            return None
+        return path if path.is_file() else None
 
     def _checkpoints(self) -> Iterator[str]:
         """Checkpoints that hold such a part, and those that there was no time to look into."""

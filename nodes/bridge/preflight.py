@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...flux.errors import MismatchError
+from ...flux.pipelines.library import given_files
 from ...flux.specs.fit import Given, check_fit, faults_between
-from ...flux.weights.library import given_files
 from .files import describe_file
-from .paths import CLIPS, MODELS, T5S, VAES, find_file, list_files
+from .paths import CHECKPOINTS, CLIPS, MODELS, T5S, VAES, find_file, list_files
 from .progress import show
 
 __all__ = ["ENCODERS", "MODEL", "check_together", "fit_report", "given_of", "show_loaded", "users_files"]
@@ -31,10 +32,12 @@ OWN = {"transformer": MODELS, "clip": CLIPS, "t5": T5S, "autoencoder": VAES}
 def users_files(kinds: Iterable[str]) -> list[Given]:
     """Every model file of some kinds that the loaders list; each header is read once as long as its file stays."""
     kinds = tuple(kinds)
-    own = [path for kind in kinds for path in OWN[kind].own.values()]
-    folders = dict.fromkeys(folder for kind in kinds for folder in FOLDERS[kind])
-    found = (find_file(folder, name) for folder in folders for name in list_files(folder))
-    return given_files([*(path for path in found if path is not None), *own])
+    names = {path: name for kind in kinds for name, path in OWN[kind].own.items()}
+    for folder in dict.fromkeys(folder for kind in kinds for folder in FOLDERS[kind]):
+        before = CHECKPOINTS if folder == "checkpoints" else ""
+        found = ((find_file(folder, name), before + name) for name in list_files(folder))
+        names |= {path: name for path, name in found if path is not None}
+    return [replace(given, label=names[given.path]) for given in given_files(names)]
 
 
 def given_of(owner: Any) -> Given | None:

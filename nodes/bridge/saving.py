@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -34,6 +35,7 @@ WEIGHT = ".weight"
 AS_IT_IS = "as it is"
 CPU = torch.device("cpu")
 TITLE = "modelspec.title"
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,24 @@ class ModelItem:
         stored: Gives the weight without patches.
         patches: The host's, in order.
         layer: Where it is packed.
+        dtype: Of what ``stored`` gives.
     """
 
     shape: tuple[int, ...]
     key: str
+    dtype: torch.dtype
     stored: Callable[[], Tensor]
     patches: Sequence[Any]
     layer: PackedLinear | None
+
+    @property
+    def stored_as(self) -> frozenset[str]:
+        """The formats of a weight that nothing is merged into."""
+        if self.patches:
+            return frozenset()
+        if self.layer is not None:
+            return frozenset(row.name for row in self.layer.packed(CPU).formats)
+        return frozenset({DTYPE_NAMES.get(self.dtype, "")})
 
     def numbers(self) -> Tensor:
         """With patches merged in fp32; without any as they are."""
@@ -127,7 +140,7 @@ def model_items(patcher: Any) -> dict[str, Item]:
         owner = comfy.utils.get_attr(patcher.model, key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
         layer = owner if isinstance(owner, PackedLinear) else None
         shape = (layer.out_features, layer.in_features) if layer is not None else tuple(weight.shape)
-        items[name] = ModelItem(shape, key, lambda weight=weight, convert=convert: convert(weight), patches, layer)  # type: ignore[misc]
+        items[name] = ModelItem(shape, key, weight.dtype, partial(convert, weight), patches, layer)
     return items
 
 

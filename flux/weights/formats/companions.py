@@ -118,6 +118,7 @@ class _File:
     layers: Mapping[str, Config]  # of _quantization_metadata
     is_comfyui: bool  # its JSON is in the file, so its layouts are
     full_precision: tuple[str, ...]  # prefixes of layers
+    scaled: tuple[str, ...]  # prefixes below which the file says scaled fp8 and has scales
     dialect: str | None
 
     def refusal(self, tensor: str, what: str) -> FileError:
@@ -241,9 +242,17 @@ def storage_of(
         layers=metadata_layers(metadata, file),
         is_comfyui=METADATA in metadata or any(COMFY_QUANT in parts for parts in owned.values()),
         full_precision=tuple(m.removesuffix(FP8_MARKER) for m in markers if _asks_full_precision(tensors, m, file)),
+        scaled=_scaled_prefixes(markers, owned),
         dialect=nvfp4_dialect,
     )
     return {name: _stored(context, name) for name in tensors if name not in companions}
+
+
+def _scaled_prefixes(markers: Iterable[str], owned: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
+    """Of the prefixes with a marker of scaled fp8, those below which a weight has a scale."""
+    with_scale = [name for name, parts in owned.items() if any(word in parts for word in SCALES)]
+    prefixes = {marker.removesuffix(FP8_MARKER) for marker in markers}
+    return tuple(prefix for prefix in prefixes if any(name.startswith(prefix) for name in with_scale))
 
 
 def _group(tensors: Tensors, file: str) -> tuple[dict[str, dict[str, str]], list[str], set[str]]:
@@ -320,7 +329,14 @@ def _plain(layer: _Layer) -> Stored:
     if lonely is not None or (layer.dtype in ("U8", "I8") and layer.name.endswith(WEIGHT)):
         beside = f" with {lonely} beside it" if lonely else ""
         raise layer.refusal(f"is {layer}{beside}: packed numbers without their scales; {AGAIN}, or {WAY_OUT}")
+    if layer.dtype in FP8_FORMATS and len(layer.shape) > 1 and _lost_its_scale(layer):
+        raise layer.refusal(f"is {layer} in a file of scaled fp8, but has no scale; {AGAIN}, or {WAY_OUT}")
     return layer.stored(PLAIN[layer.dtype])
+
+
+def _lost_its_scale(layer: _Layer) -> bool:
+    """Whether an fp8 matrix should have a scale: its inputs do, or the file says scaled fp8 and others do."""
+    return layer.one_of(INPUT_SCALES) is not None or layer.name.startswith(layer.file.scaled)
 
 
 def _fp8(layer: _Layer) -> Stored:
@@ -407,8 +423,8 @@ def _dialect(layer: _Layer) -> str:
     if found is None:
         raise layer.refusal(
             "is nvfp4, and nothing in the file tells whether in ComfyUI's dialect (even element in a byte's high half, "
-            "blocked scales) or in ModelOpt's (low half, scales in rows); choose the dialect "
-            f"{' or '.join(map(repr, NVFP4_DIALECTS))}, or {WAY_OUT}"
+            "blocked scales) or in ModelOpt's (low half, scales in rows); save it with comfy_quant, or "
+            f"{WAY_OUT}"
         )
     return found
 

@@ -36,6 +36,8 @@ ROLE_NAMES = {
 COMFY_NAMES = {
     scaled.FP8_E4M3FN_SCALED.name: "float8_e4m3fn",
     scaled.FP8_E5M2_SCALED.name: "float8_e5m2",
+    scaled.FP8_PER_ROW.name: "float8_e4m3fn",  # so that a reader without rows refuses, rather than drops the scales
+    scaled.FP8_E5M2_PER_ROW.name: "float8_e5m2",
     scaled.INT8.name: "int8_tensorwise",
     scaled.INT8_PER_ROW.name: "int8_tensorwise",
     fp4.MXFP8.name: "mxfp8",

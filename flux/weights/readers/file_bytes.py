@@ -7,6 +7,7 @@ ways. Tensors of a mapped file must not be written to.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import threading
@@ -21,9 +22,12 @@ from ...errors import FileError, UserError
 
 __all__ = ["ENVIRONMENT", "WAYS", "FileBytes"]
 
+logger = logging.getLogger(__name__)
+
 WAYS = ("auto", "map", "read")
 ENVIRONMENT = "FLUXFOUNDRY_FILES"  # the one switch: a word of ``WAYS``
-PROBE_BYTES = 16 << 20  # of each way, when both are timed
+PROBE_BYTES = 4 << 20  # of each way, when both are timed
+PROBES = 3  # places where they are, all of which must agree that mapping is slow
 SLOWER = 8.0  # times; a local disk that has to be waited for is up to four times slower page by page
 MEASURABLE = 5e-3  # seconds below which a probe says nothing: the file lies in memory already
 
@@ -69,8 +73,8 @@ class FileBytes:
             return torch.empty(0, dtype=dtype)
         with self._lock:
             fd = self._open(start + length, what)
-            if self.way == "auto" and length >= 2 * PROBE_BYTES:
-                self.way = self._faster_way(fd, start)
+            if self.way == "auto" and length >= PROBES * 2 * PROBE_BYTES:
+                self.way = self._faster_way(fd, start, length)
             if self.way == "read" or start % dtype.itemsize:
                 return self._read(fd, start, length, what).view(dtype)
             if self._map is None:
@@ -122,19 +126,31 @@ class FileBytes:
             raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
         return buffer
 
-    def _faster_way(self, fd: int, start: int) -> str:
-        """Time both ways on neighbouring parts of a tensor."""
+    def _faster_way(self, fd: int, start: int, length: int) -> str:
+        """Time both ways side by side in several places of a tensor, each first in turn."""
         probe = _map(fd)
         if probe is None:
             return "read"
         with probe:
-            began = time.perf_counter()
-            len(probe[start : start + PROBE_BYTES])
-            mapping = time.perf_counter() - began
+            for place in range(PROBES):
+                first = start + place * (length // PROBES)
+                ways = [lambda at: self._time_map(probe, at), lambda at: self._time_read(fd, at)]
+                order = (0, 1) if place % 2 == 0 else (1, 0)
+                seconds = {way: ways[way](first + turn * PROBE_BYTES) for turn, way in enumerate(order)}
+                if faster_way(mapping=seconds[0], reading=seconds[1]) == "map":
+                    return "map"
+        logger.info("FLUX Foundry: %s is read, not mapped, for mapping is slow there", self.path.name)
+        return "read"
+
+    def _time_map(self, probe: mmap.mmap, start: int) -> float:
         began = time.perf_counter()
-        self._read(fd, start + PROBE_BYTES, PROBE_BYTES, "a probe")
-        reading = time.perf_counter() - began
-        return faster_way(mapping, reading)
+        len(probe[start : start + PROBE_BYTES])
+        return time.perf_counter() - began
+
+    def _time_read(self, fd: int, start: int) -> float:
+        began = time.perf_counter()
+        self._read(fd, start, PROBE_BYTES, "a probe")
+        return time.perf_counter() - began
 
 
 def faster_way(mapping: float, reading: float) -> str:

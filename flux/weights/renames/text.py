@@ -53,7 +53,7 @@ T5_GGUF_LAYERS = {
 }
 T5_GGUF_ROWS = pairs(T5_GGUF_LAYERS, ("weight",))
 T5_EMBEDDING = Row("shared.weight", ("encoder.embed_tokens.weight",), is_duplicate=True)
-T5_LEFT_OUT = ("decoder.*", "lm_head.weight")
+T5_LEFT_OUT = ("decoder.*", "lm_head.weight", "spiece_model")
 T5_GGUF_LEFT_OUT = ("dec.*", "output.weight")
 
 

@@ -22,6 +22,7 @@ __all__ = ["WholeFile", "tensor_bytes"]
 
 PART_BYTES = 8  # of chance in the name of a file that is not whole yet
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+MOST_OF_NAME = 100  # characters of the target's that the temporary name repeats
 SHOWN = 60  # characters of a text that a message repeats
 
 Writer = TypeVar("Writer", bound="WholeFile")
@@ -44,7 +45,7 @@ class WholeFile(ABC):
     def __init__(self, path: Path, *, replace: bool) -> None:
         self.path = path
         self._replace = replace
-        self._part = path.parent / f".{secrets.token_hex(PART_BYTES)}.part"
+        self._part = path.parent / f".{path.name[:MOST_OF_NAME]}.{secrets.token_hex(PART_BYTES)}.part"
         self._file: BinaryIO | None = None
         self._check_target()
 
@@ -123,7 +124,7 @@ class WholeFile(ABC):
             if not folder.is_dir():
                 raise UserError(f"{self.path} cannot be written, because there is no folder {folder}; make it first")
             if not self._replace and os.path.lexists(self.path):
-                raise UserError(f"{self.path} is there already; choose another name, or ask for it to be replaced")
+                raise UserError(f"{self.path} is there already; choose another name, or have it replaced (--replace)")
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -34,14 +34,14 @@ def test_the_new_files_path_is_the_result_and_the_rest_is_a_note(flux, tmp_path)
 
 
 def test_what_was_written_is_told_by_inspect_and_drawn_by_generate(flux, tmp_path):
-    for target, to in (("mini.gguf", "gguf:Q8_0"), ("mini-d.safetensors", "fp8,diffusers")):
+    for target, to in (("mini.gguf", "gguf:Q8_0"), ("mini-d.safetensors", "nf4,diffusers")):
         assert flux("convert", MINI.transformer, tmp_path / target, "--to", to, "--quiet").code == 0
     said = flux("inspect", "--json", tmp_path / "mini.gguf", tmp_path / "mini-d.safetensors")
     one, other = json.loads("\n".join(said.out))
     assert (one["container"], one["parts"][0]["layout"]) == ("GGUF", "flux1-bfl")
     assert next(iter(one["formats"])) == "Q8_0"
     assert (other["container"], other["parts"][0]["layout"]) == ("safetensors", "flux1-diffusers")
-    assert next(iter(other["formats"])) == "fp8_e4m3fn scaled"
+    assert next(iter(other["formats"])) == "nf4"
     drawn = flux(
         "generate", "a red circle", "--model", tmp_path / "mini.gguf", "--steps", "1", "--out", tmp_path / "a.png"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,17 @@ from flux.mini.files import MINI
 from flux.models.autoencoder import Autoencoder
 from flux.models.flux1 import Flux1
 from flux.models.text.t5 import T5Encoder
+from flux.ops.layers import on_meta
+from flux.pipelines.library import given_files
 from flux.pipelines.parts import bind_part, open_transformer
+from flux.specs.flux1 import FLUX1
+from flux.weights.checkpoints import formats_of
 from flux.weights.convert import convert
 from flux.weights.formats.written import WRITTEN
-from flux.weights.library import given_files
 from flux.weights.sources import open_checkpoint
 from tests.conftest import ROOT
 from tests.stored import suffix_of
+from tests.tiny import write_header_only
 
 LARGEST_ERROR = {"fp32": 0.0, "bf16": 0.0, "gguf:F32": 0.0, "gguf:BF16": 0.0, "fp16": 1e-4, "gguf:F16": 1e-4,
                  "nvfp4": 0.13, "nf4": 0.11, "gguf:Q2_K": 0.36, "gguf:Q3_K": 0.2}  # fmt: skip
@@ -84,14 +89,64 @@ def test_to_diffusers_and_back_gives_the_same_bits(tmp_path, path, kind, build):
     assert all(torch.equal(found[name], own) for name, own in numbers(path, kind, build).items())
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8-row", "int8"])
-def test_scaled_numbers_are_cut_for_diffusers_bit_for_bit(tmp_path, kind):
-    convert(MINI.transformer, tmp_path / "a.safetensors", kind)
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers")
-    one, other = numbers(tmp_path / "a.safetensors"), numbers(tmp_path / "b.safetensors")
-    assert all(torch.equal(one[name], own) for name, own in other.items())
-    stored = open_checkpoint(tmp_path / "b.safetensors")["transformer_blocks.0.attn.to_q.weight"]
-    assert stored.format.name == WRITTEN[kind].row.name
+@pytest.mark.parametrize("layout", ["diffusers", "bfl"])
+@pytest.mark.parametrize("kind", ["fp8", "int8-row", "nvfp4", "nf4", "gguf:Q8_0", "gguf:Q4_K"])
+def test_a_layout_alone_keeps_what_its_readers_know_and_makes_plain_numbers_of_the_rest(tmp_path, kind, layout):
+    one, other = tmp_path / f"a{suffix_of(kind)}", tmp_path / "b.safetensors"
+    convert(MINI.transformer, one, kind)
+    convert(one, other, layout)
+    is_kept = not kind.startswith("gguf") and (layout == "bfl" or kind == "nf4")
+    found = next(iter(formats_of(open_checkpoint(other))))
+    assert found == (WRITTEN[kind].row.name if is_kept else "BF16")
+    before, after = numbers(one), numbers(other)
+    for name, own in before.items():
+        assert (after[name] - own).norm() <= 0.004 * own.norm(), name  # bf16's rounding at most
+
+
+@pytest.mark.parametrize("to", ["fp8,diffusers", "diffusers,int8", "nvfp4,diffusers"])
+def test_what_diffusers_does_not_read_is_not_written_in_its_layout(tmp_path, to):
+    with pytest.raises(
+        UserError, match="diffusers does not read .* files; with its layout choose one of fp32, bf16, fp16"
+    ):
+        convert(MINI.transformer, tmp_path / "x.safetensors", to)
+
+
+@pytest.mark.parametrize(("word", "name"), [("Q4_K_M", None), ("gguf:q4_k_m", "Q4_K"), ("FP8", "fp8_e4m3fn scaled")])
+def test_formats_go_by_the_names_that_people_write(tmp_path, word, name):
+    if name is None:
+        with pytest.raises(UserError, match="there is no format 'Q4_K_M'"):
+            convert(MINI.transformer, tmp_path / "x.gguf", word)
+        return
+    target = tmp_path / ("x.gguf" if word.startswith("gguf") else "x.sft")
+    convert(MINI.transformer, target, word)
+    assert next(iter(formats_of(open_checkpoint(target)))) == name
+
+
+def test_what_is_not_packed_keeps_its_own_plain_type(tmp_path):
+    convert(MINI.transformer, tmp_path / "half.safetensors", "fp16")
+    convert(tmp_path / "half.safetensors", tmp_path / "x.safetensors", "fp8")
+    assert open_checkpoint(tmp_path / "x.safetensors")["img_in.weight"].format.name == "F16"
+
+
+def test_an_autoencoder_is_not_packed(tmp_path):
+    with pytest.raises(MismatchError, match=r"ae\.safetensors is .*, whose convolutions no format packs; choose bf16"):
+        convert(MINI.autoencoder, tmp_path / "x.safetensors", "fp8")
+
+
+def small_listing():
+    """FLUX.1 [dev] with one block of each kind and width 256: another size, whose variant only its name tells."""
+    with on_meta():
+        module = Flux1(replace(FLUX1["flux1-dev"], hidden=256, heads=2, double_blocks=1, single_blocks=1))
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def test_a_variant_that_only_the_name_tells_is_written_down(tmp_path):
+    path = write_header_only(tmp_path / "my-kontext.safetensors", small_listing())
+    (given,) = given_files([path])
+    assert given.found.spec.title.startswith("FLUX.1 Kontext")
+    convert(path, tmp_path / "mine.safetensors", "bf16")
+    (given,) = given_files([tmp_path / "mine.safetensors"])
+    assert given.found.spec.title.startswith("FLUX.1 Kontext")
 
 
 def test_t5_goes_to_gguf_under_llama_cpps_names(tmp_path):

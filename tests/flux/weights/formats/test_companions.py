@@ -111,6 +111,7 @@ def test_the_old_marker_tells_full_precision_for_the_layers_under_its_prefix(pre
         f"{prefix}a.weight": FP8,
         f"{prefix}a.scale_weight": SCALAR,
         "b.weight": FP8,
+        "b.scale_weight": SCALAR,
     })  # fmt: skip
     assert set(stored) == {f"{prefix}a.weight", "b.weight"}
     assert stored[f"{prefix}a.weight"].full_precision_product is full
@@ -200,9 +201,18 @@ def test_an_nvfp4_layer_whose_shape_tells_nothing_goes_with_its_fellows():
     refused("nothing in the file tells", tensors={**nvfp4(128, 64, (128, 4)), **both})
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_fp8_that_lost_its_scale_is_refused(prefix):
+    marker = {f"{prefix}scaled_fp8": Entry("F8_E4M3", (1,))}
+    layers = {f"{prefix}a.weight": FP8, f"{prefix}a.scale_weight": SCALAR, f"{prefix}b.weight": FP8}
+    refused(f"{prefix}b.weight", "in a file of scaled fp8, but has no scale", tensors={**marker, **layers})
+    refused("c.weight", "has no scale", tensors={"c.weight": FP8, "c.scale_input": SCALAR})
+    assert set(find({**marker, "t5.weight": FP8})) == {"t5.weight"}  # plain fp8 beside a marker that nothing heeds
+
+
 def test_an_nvfp4_file_that_tells_nothing_is_refused_with_both_dialects_unless_the_caller_chooses():
     tensors = nvfp4(128, 64, (128, 4))
-    refused(WEIGHT, "ComfyUI's", "ModelOpt's", "'nvfp4'", "'nvfp4 linear'", tensors=tensors)
+    refused(WEIGHT, "ComfyUI's", "ModelOpt's", "save it with comfy_quant", tensors=tensors)
     assert find(tensors, dialect="nvfp4")[WEIGHT].format is fp4.NVFP4
     assert find(tensors, dialect="nvfp4 linear")[WEIGHT].format is fp4.NVFP4_LINEAR
     with pytest.raises(ValueError, match="no dialect of nvfp4; choose one of nvfp4, nvfp4 linear"):
@@ -445,6 +455,5 @@ def test_what_encoders_make_is_found_again_in_a_file_and_decodes(tmp_path, row, 
 
 
 def test_the_rows_of_an_encoder_without_a_place_in_comfyui_have_no_marker():
-    assert comfy_quant(scaled.FP8_PER_ROW) is None
     assert comfy_quant(bnb.NF4) is None
     assert json.loads(bytes(comfy_quant(fp4.MXFP8).tolist())) == {"format": "mxfp8"}

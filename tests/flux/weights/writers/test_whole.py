@@ -74,7 +74,7 @@ def test_an_old_file_stands_until_the_new_one_is_whole(tmp_path, make, read):
 def test_an_old_file_is_refused_unless_it_may_be_replaced(tmp_path, make, read):
     path = tmp_path / "model"
     path.write_bytes(b"old")
-    with pytest.raises(UserError, match="model is there already; choose another name, or ask for it to be replaced"):
+    with pytest.raises(UserError, match="model is there already; choose another name, or have it replaced"):
         make(path)
     assert path.read_bytes() == b"old"
     link = tmp_path / "link"

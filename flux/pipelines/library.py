@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..specs.fit import Given
-from .checkpoints import FilePart, read_parts
-from .readers.sharded import INDEX_SUFFIX, SHARD
-from .sources import open_checkpoint
+from ..weights.checkpoints import FilePart, read_parts
+from ..weights.readers.sharded import INDEX_SUFFIX, SHARD
+from ..weights.sources import open_checkpoint
+from .modules import parameter_shapes
 
 __all__ = ["MODEL_SUFFIXES", "given_files", "model_files_in"]
 
@@ -40,7 +41,7 @@ def is_model_file(path: Path) -> bool:
 
 
 def given_files(paths: Iterable[Path]) -> list[Given]:
-    """Every part of every file that can be read; others are left out."""
+    """Every whole part of every file; what cannot be read, or has something amiss, is left out."""
     given = []
     for path in list(paths)[:MOST_FILES]:
         try:
@@ -48,7 +49,7 @@ def given_files(paths: Iterable[Path]) -> list[Given]:
             parts = _parts(path, stat.st_size, stat.st_mtime_ns)
         except (UserError, OSError):
             continue
-        given += [Given(path, part.recognised) for part in parts]
+        given += [Given(path, part.recognised) for part in parts if part.fault is None]
     return given
 
 
@@ -56,4 +57,4 @@ def given_files(paths: Iterable[Path]) -> list[Given]:
 def _parts(path: Path, size: int, changed: int) -> tuple[FilePart, ...]:
     """The parts of a file as it is now."""
     del size, changed  # only keys
-    return tuple(read_parts(open_checkpoint(path)))
+    return tuple(read_parts(open_checkpoint(path), expected=parameter_shapes))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from flux.mini.files import MINI
-from flux.weights import library
-from flux.weights.library import given_files, model_files_in
+from flux.pipelines import library
+from flux.pipelines.library import given_files, model_files_in
 
 
 @pytest.fixture

@@ -1,0 +1,44 @@
+"""Which module a spec is built as, and what parameters it has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..models.autoencoder import Autoencoder
+from ..models.flux1 import Flux1
+from ..models.text.clip import ClipText
+from ..models.text.t5 import T5Encoder
+from ..ops.layers import on_meta
+from ..specs.autoencoder import AUTOENCODERS, AutoencoderSpec
+from ..specs.flux1 import Flux1Spec
+from ..specs.text import ClipTextSpec, T5Spec
+
+__all__ = ["build_of", "parameter_shapes"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+BUILDS: dict[type, Callable[[Any], nn.Module]] = {
+    Flux1Spec: Flux1, AutoencoderSpec: Autoencoder, ClipTextSpec: ClipText, T5Spec: T5Encoder,
+}  # fmt: skip
+REMEMBERED = 64
+
+
+def build_of(spec: object) -> Callable[[Any], nn.Module] | None:
+    """What makes the module of a spec; None for what the engine recognises and does not run."""
+    if isinstance(spec, AutoencoderSpec) and spec.name not in AUTOENCODERS:
+        return None
+    return BUILDS.get(type(spec))
+
+
+@functools.lru_cache(REMEMBERED)
+def parameter_shapes(spec: object) -> Shapes | None:
+    """The shape of every parameter by name, without any memory for them; None for what has no module here."""
+    build = build_of(spec)
+    if build is None:
+        return None
+    with on_meta():
+        return {name: tuple(parameter.shape) for name, parameter in build(spec).named_parameters()}
