@@ -31,7 +31,7 @@ class SaveModel(io.ComfyNode):
                     "filename_prefix",
                     default="diffusion_models/flux",
                     tooltip="Folder and beginning of the name, below ComfyUI's output folder. A number is added, so "
-                    "that nothing is replaced. Move the file into models/diffusion_models to load it.",
+                    "that nothing is replaced. What is in output/diffusion_models is listed by the loaders after R.",
                 ),
                 io.Combo.Input(
                     "format",

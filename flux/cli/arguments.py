@@ -46,7 +46,7 @@ examples:
   python -m flux convert flux1-dev.safetensors flux1-dev-fp8.safetensors --to fp8
   python -m flux convert flux1-dev.safetensors flux1-dev-Q4_K.gguf --to gguf:Q4_K
   python -m flux convert FLUX.1-dev/transformer flux1-dev.safetensors --to bfl
-  python -m flux convert flux1-dev.safetensors diffusion_pytorch_model.safetensors --to diffusers
+  python -m flux convert flux1-dev.safetensors FLUX.1-dev/transformer --to diffusers
 """
 
 
@@ -97,7 +97,13 @@ def add_convert(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="what `inspect` takes")
-    parser.add_argument("target", metavar="DST", type=Path, help="the new file: .gguf for GGUF, else .safetensors")
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        type=Path,
+        help="the new file: .gguf for GGUF, else .safetensors; for diffusers' layout also a folder, which gets a "
+        "config.json",
+    )
     parser.add_argument(
         "--to", required=True, metavar="FORMAT[,LAYOUT]",
         help=f"a format ({', '.join(FORMATS)}), a layout ({', '.join(LAYOUTS)}), or both with a comma between; a "

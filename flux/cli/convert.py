@@ -28,5 +28,5 @@ def run(arguments: argparse.Namespace) -> int:
             f"{done.title} in {done.layout}: {describe_formats(done.outcome.formats)}, "
             f"{human_bytes(done.outcome.nbytes)}, in {time.monotonic() - began:.1f} s"
         )
-    say(str(arguments.target))
+    say(str(done.path))
     return 0

@@ -20,9 +20,15 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "mini" / "weights"
 EMBEDDED = ("flux1-mini", "flux1-mini-schnell")
 SHORT_NAMES = {"mini": "flux1-mini", "mini-schnell": "flux1-mini-schnell"}
 
-ENCODER_FOLDERS = ("text_encoders", "clip")  # ComfyUI's names, beside its folder of transformers
+REPOSITORY_FOLDER = "transformer"  # of a repository in diffusers' layout
+ENCODER_FOLDERS = ("text_encoders", "clip", "text_encoder", "text_encoder_2")  # ComfyUI's names, and diffusers'
 AUTOENCODER_FOLDERS = ("vae",)
 TOKENIZER_FOLDERS = ("tokenizers", "tokenizer")
+EMBEDDED_PARTS = {  # of text encoders and autoencoders, those that the pack has itself
+    "clip-mini": WEIGHTS / "clip.safetensors",
+    "t5-mini": WEIGHTS / "t5.safetensors",
+    "flux1-mini-ae": WEIGHTS / "ae.safetensors",
+}
 CLIP_FILES, T5_FILE = ("vocab.json", "merges.txt"), "tokenizer.json"
 
 
@@ -45,16 +51,15 @@ def model_files(arguments: argparse.Namespace) -> ModelFiles:
         UserError: The model is not known, a file is not there, or the transformer's file is something else.
     """
     path, spec = _transformer(arguments.model, arguments.variant)
-    if all(name.endswith("-mini") for name in spec.text_encoders):
-        return _with_options(arguments, _mini(path))
     found = _Search(spec, path)
+    clip, t5 = spec.text_encoders
     files = ModelFiles(
         transformer=path,
-        clip=arguments.clip or found.part("--clip", spec.text_encoders[0], ENCODER_FOLDERS),
-        t5=arguments.t5 or found.part("--t5", spec.text_encoders[1], ENCODER_FOLDERS),
+        clip=arguments.clip or found.part("--clip", clip, ENCODER_FOLDERS),
+        t5=arguments.t5 or found.part("--t5", t5, ENCODER_FOLDERS),
         autoencoder=arguments.vae or found.part("--vae", spec.autoencoder, AUTOENCODER_FOLDERS),
-        clip_tokenizer=found.tokenizer(arguments.tokenizers, "tokenizer", CLIP_FILES),
-        t5_tokenizer=found.tokenizer(arguments.tokenizers, "tokenizer_2", (T5_FILE,)),
+        clip_tokenizer=found.tokenizer(arguments.tokenizers, clip, "tokenizer", CLIP_FILES),
+        t5_tokenizer=found.tokenizer(arguments.tokenizers, t5, "tokenizer_2", (T5_FILE,)),
     )
     found.complain()
     return files
@@ -67,6 +72,8 @@ def _transformer(model: str, variant: str | None) -> tuple[Path, Flux1Spec]:
     path = Path(model)
     if not path.exists():
         raise UserError(_unknown_model(model, name))
+    if (path / REPOSITORY_FOLDER).is_dir():
+        path = path / REPOSITORY_FOLDER
     from ..pipelines.parts import find_part  # brings torch, which the embedded models' files need not wait for
 
     spec = find_part(path, "transformer", variant)[1].recognised.spec
@@ -87,43 +94,25 @@ def _unknown_model(model: str, name: str) -> str:
     )
 
 
-def _mini(transformer: Path) -> ModelFiles:
-    return ModelFiles(
-        transformer=transformer,
-        clip=WEIGHTS / "clip.safetensors",
-        t5=WEIGHTS / "t5.safetensors",
-        autoencoder=WEIGHTS / "ae.safetensors",
-        clip_tokenizer=WEIGHTS / T5_FILE,
-        t5_tokenizer=WEIGHTS / T5_FILE,
-    )
-
-
-def _with_options(arguments: argparse.Namespace, files: ModelFiles) -> ModelFiles:
-    """The embedded model's files, but for those that an option names."""
-    return ModelFiles(
-        transformer=files.transformer,
-        clip=arguments.clip or files.clip,
-        t5=arguments.t5 or files.t5,
-        autoencoder=arguments.vae or files.autoencoder,
-        clip_tokenizer=arguments.tokenizers or files.clip_tokenizer,
-        t5_tokenizer=arguments.tokenizers or files.t5_tokenizer,
-    )
-
-
 class _Search:
     """Looks for a real model's other files, and tells of all that are missing at once."""
 
     def __init__(self, spec: Flux1Spec, transformer: Path) -> None:
         self.spec, self.path = spec, transformer
-        self.home = transformer.absolute().parent
+        place = transformer.absolute()
+        self.home = place if place.is_dir() else place.parent
         self.missing: list[str] = []
 
     def part(self, option: str, name: str, folders: tuple[str, ...]) -> Path:
         """The file of an encoder or autoencoder: the transformer's own, one of the usual name, or what is one."""
         from ..pipelines.library import model_files_in
 
+        if name in EMBEDDED_PARTS and self.path.parent == WEIGHTS:
+            return EMBEDDED_PARTS[name]
         if name in self._named(self.path):
             return self.path
+        if name in EMBEDDED_PARTS:
+            return EMBEDDED_PARTS[name]
         places = (self.home, *(self.home.parent / folder for folder in folders))
         usual = (place / file_name for place in places for file_name in FILE_NAMES[name])
         for path in usual:
@@ -141,10 +130,12 @@ class _Search:
 
         return [given.found.spec.name for given in given_files([path]) if given.found.spec is not None]
 
-    def tokenizer(self, given: Path | None, release_folder: str, wanted: tuple[str, ...]) -> Path:
-        """The folder with all of one tokenizer's files: the one given, or below the transformer's."""
+    def tokenizer(self, given: Path | None, encoder: str, release_folder: str, wanted: tuple[str, ...]) -> Path:
+        """The folder with all of one tokenizer's files: the one given, or below the transformer's, or beside it."""
+        if encoder in EMBEDDED_PARTS:
+            return given or WEIGHTS / T5_FILE
         homes = (given,) if given is not None else (self.home / folder for folder in TOKENIZER_FOLDERS)
-        release = (self.home / release_folder,) if given is None else ()
+        release = (self.home / release_folder, self.home.parent / release_folder) if given is None else ()
         for home in homes:
             for place in (home / release_folder, home):
                 if all((place / name).is_file() for name in wanted):

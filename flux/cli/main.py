@@ -6,7 +6,9 @@ import argparse
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no fault
+    for name in ("SIGTERM", "SIGHUP"):  # so that what is half written is taken away again
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), _end)
     try:
         return _run(argv)
     except SystemExit as exit_:  # argparse's, after --help and --version
@@ -52,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ended(REFUSED if error.errno in NAME_FAULTS else FAILED, _explain(error))
     except Exception as error:  # noqa: BLE001 - the last frame: every fault ends in a sentence and a code
         return _ended(FAILED, _explain(error))
+
+
+def _end(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..specs.flux1 import Flux1Spec
 from ..specs.flux2 import Flux2Spec
 from .binding import Binding
 from .checkpoints import Expected, FilePart, read_parts
+from .diffusers_folder import WEIGHTS, config_of, write_config
 from .formats.companions import METADATA as QUANT_METADATA
 from .formats.written import GGUF, WRITTEN, Written
 from .packed import Packed
@@ -68,8 +70,9 @@ class StoredItem:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was made of what."""
+    """What was made of what, and where the weights are."""
 
+    path: Path
     title: str
     layout: str
     outcome: Outcome
@@ -122,7 +125,8 @@ def convert(
 
     Args:
         source: A file, an index of several, or their folder.
-        target: The new file: .gguf for GGUF formats, .safetensors for all others.
+        target: The new file: .gguf for GGUF formats, .safetensors for all others. In diffusers' layout a folder too,
+            which gets the config that diffusers builds the model from besides.
         to: See ``parse_target``. A layout alone keeps what tensors are stored in, where it can.
         part: Which part of an all-in-one file; the first of ``CONVERTIBLE`` that it has when None.
         variant: What a transformer is, where its tensors cannot tell; written into the new file.
@@ -134,9 +138,12 @@ def convert(
         UserError: A file cannot be read or written, is of no kind that is known here, or does not have that part.
     """
     written, layout = parse_target(to)
-    check_suffix(target, written)
+    is_folder = layout == "diffusers" and (target.is_dir() or not target.suffix)
+    if not is_folder:
+        check_suffix(target, written)
     checkpoint = open_checkpoint(source)
     found = _part(checkpoint, part, variant, expected)
+    config = config_of(found.recognised.spec) if is_folder else None
     stores = Stores(
         part=found.kind,
         layout=layout_for(found, written, layout),
@@ -150,8 +157,28 @@ def convert(
             f"{checkpoint.path.name} is {found.recognised.title}, whose convolutions no format packs; choose bf16, "
             "fp16 or fp32"
         )
+    if is_folder:
+        target = _diffusers_target(target, config, found)
     outcome = store(target, items_of(checkpoint, found), stores, replace=replace, watch=watch)
-    return Converted(found.recognised.title, stores.layout.title, outcome)
+    if config is not None:
+        write_config(target.parent, config)
+    return Converted(target, found.recognised.title, stores.layout.title, outcome)
+
+
+def _diffusers_target(folder: Path, config: dict[str, Any] | None, found: FilePart) -> Path:
+    """The file of weights in a folder for diffusers, which is made if it is not there.
+
+    Raises:
+        MismatchError: Such a part is not written as a folder.
+        UserError: The folder cannot be made.
+    """
+    if config is None:
+        raise MismatchError(f"{found.recognised.title} is not written as a folder here; name a .safetensors file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made: {error.strerror}; choose another") from error
+    return folder / WEIGHTS
 
 
 def describe_formats(formats: Mapping[str, int]) -> str:

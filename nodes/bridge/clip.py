@@ -31,7 +31,7 @@ from ...flux.weights.readers.tokenizer import (
     read_clip_tokenizer,
     read_t5_tokenizer,
 )
-from .compat import asked_text_dtype, patch, register_reload, to_intermediate
+from .compat import asked_text_dtype, patch, register_reload, streams_files, to_intermediate
 from .packed import PackedPatcher, pack_layers, packed_state
 from .preflight import ENCODERS
 from .progress import say
@@ -179,7 +179,7 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=sum(weights.parameters for weights in parts),
         state_dict=[
-            weights.read(own.weights, without=layers) | packed_state(layers, device)
+            weights.read(own.weights, without=layers, streamed=streams_files()) | packed_state(layers, device)
             for weights, own, layers in zip(parts, numbers, packed, strict=True)
         ],
         model_options={"initial_device": offload} if offload != device else {},

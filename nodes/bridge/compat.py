@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "archive_dtypes", "asked_text_dtype", "brought", "cast_once", "fit_empty_latent", "is_dynamic", "latent_ratio",
-    "patch", "register_reload", "to_intermediate",
+    "patch", "register_reload", "streams_files", "to_intermediate",
 ]  # fmt: skip
 
 
@@ -60,6 +60,11 @@ def is_dynamic(patcher: Any) -> bool:
     """Whether the host streams this patcher's weights itself."""
     ask = getattr(patcher, "is_dynamic", None)
     return bool(ask()) if ask is not None else False
+
+
+def streams_files() -> bool:
+    """Whether the host brings weights from their files while it runs (dynamic VRAM)."""
+    return bool(getattr(getattr(comfy, "memory_management", None), "aimdo_enabled", False))
 
 
 def register_reload(patcher: Any, factory: Callable[..., Any], *args: object) -> None:

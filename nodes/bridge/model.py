@@ -98,8 +98,9 @@ def load_model(path: str, dtype: str = "auto", variant: str | None = None, disab
         patcher = PackedPatcher(model, load_device=device, offload_device=offload)
     else:
         patcher = patch(model, device, offload, plain=disable_dynamic)
-    kept = weights.stored if is_dynamic(patcher) and dtype == "auto" else numbers.weights
-    state = weights.read(kept, without=packed) | packed_state(packed, device)
+    dynamic = is_dynamic(patcher)
+    kept = weights.stored if dynamic and dtype == "auto" else numbers.weights
+    state = weights.read(kept, without=packed, streamed=dynamic) | packed_state(packed, device)
     model.diffusion_model.load_state_dict(state, assign=True)
     model.diffusion_model.requires_grad_(False)
     patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry", sample_with_table)

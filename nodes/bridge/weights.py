@@ -130,23 +130,27 @@ class Weights:
         """The weights of some layers as they are stored: views of the mapped file, never to be written to."""
         return {name: self.bound.bindings[f"{name}.weight"].packed() for name in layers}
 
-    def read(self, dtype: torch.dtype, without: Collection[str] = ()) -> dict[str, Tensor]:
+    def read(self, dtype: torch.dtype, without: Collection[str] = (), *, streamed: bool = False) -> dict[str, Tensor]:
         """The module's state dict, of tensors that may be written to.
 
         Args:
             dtype: That numbers of another width are converted to.
             without: Layers whose weights are left out.
+            streamed: Whether the host itself brings weights from their files while it runs, for which it has to have
+                opened them. Otherwise stored tensors are ours, views of the mapped file where they serve as they are,
+                which takes no time and no memory.
         """
         left = {f"{name}.weight" for name in without}
         wanted = {name: binding for name, binding in self.bound.bindings.items() if name not in left}
-        through_host = {name: binding for name, binding in wanted.items() if self._suits_host(binding)}
+        suiting = {name: binding for name, binding in wanted.items() if self._suits_host(binding)}
+        through_host = suiting if streamed else {}
         tensors = self._host_tensors() if through_host else {}
         state = {}
         for name, binding in wanted.items():
             if name in through_host:
                 state[name] = tensors[next(iter(binding.sources))].to(dtype)
             else:
-                state[name] = _own_numbers(binding, dtype)
+                state[name] = binding.numbers(dtype)
         return state
 
     def _suits_host(self, binding: Binding) -> bool:
@@ -172,13 +176,6 @@ def _dtype(format_name: str) -> torch.dtype:
 
 def _is_plain(binding: Binding) -> bool:
     return all(source.format.name in PLAIN for source in binding.sources.values())
-
-
-def _own_numbers(binding: Binding, dtype: torch.dtype) -> Tensor:
-    """A parameter's numbers, copied where they would be a view of the mapped file, which may not be written to."""
-    numbers = binding.numbers(dtype)
-    alone = len(binding.sources) == 1 and _is_plain(binding)
-    return numbers.clone() if alone and _dtype(next(iter(binding.sources.values())).format.name) == dtype else numbers
 
 
 def open_weights(path: Path, kind: str, build: Callable[[Any], nn.Module], variant: str | None = None) -> Weights:

@@ -338,7 +338,7 @@ def test_a_latent_is_refused_by_another_models_autoencoder_with_both_files(host:
     outcome = host.run({**prompt, "out": node("FluxFoundryDecode", vae=["vae", 0], latent=["sample", 0]),
                         "see": node("PreviewImage", images=["out", 0])})  # fmt: skip
     assert "big-ae.safetensors is the FLUX.1 autoencoder (VAE), but flux1-mini.safetensors is" in outcome.error
-    assert "of your files these fit: ae.safetensors" in outcome.error
+    assert "of your files these fit: embedded: flux1-mini-ae" in outcome.error
 
 
 def test_inspect_tells_whether_a_lora_goes_with_the_model(host: Host) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import sys
 import threading
 import time
 import warnings
@@ -29,6 +30,12 @@ ENVIRONMENT = "FLUXFOUNDRY_FILES"  # the one switch: a word of ``WAYS``
 PROBE_BYTES = 4 << 20  # of each way, when both are timed
 PROBES = 3  # places where they are, all of which must agree that mapping is slow
 SLOWER = 8.0  # times; a local disk that has to be waited for is up to four times slower page by page
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+PRIVATE: dict[str, int] = (
+    {"flags": mmap.MAP_PRIVATE | NO_RESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+    if hasattr(mmap, "MAP_PRIVATE")
+    else {"access": mmap.ACCESS_READ}
+)
 MEASURABLE = 5e-3  # seconds below which a probe says nothing: the file lies in memory already
 
 
@@ -159,9 +166,18 @@ def faster_way(mapping: float, reading: float) -> str:
 
 
 def _map(fd: int) -> mmap.mmap | None:
-    """The whole file mapped; None where the system cannot."""
+    """The whole file mapped; None where the system cannot.
+
+    Where there is such a thing the map is private: who writes to a tensor in spite of all has a page of his own then,
+    and not the end of the process.
+    """
+    # Where memory is never overcommitted, a private map of a large file is refused.
+    return _try_map(fd, PRIVATE) or _try_map(fd, {"access": mmap.ACCESS_READ})
+
+
+def _try_map(fd: int, how: dict[str, int]) -> mmap.mmap | None:
     try:
-        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        return mmap.mmap(fd, 0, **how)
     except (OSError, ValueError):
         return None
 

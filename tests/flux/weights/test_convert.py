@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +28,7 @@ from flux.weights.convert import convert
 from flux.weights.formats.written import WRITTEN
 from flux.weights.sources import open_checkpoint
 from tests.conftest import ROOT
+from tests.oracles import flux1_to_diffusers
 from tests.stored import suffix_of
 from tests.tiny import write_header_only
 
@@ -147,6 +149,28 @@ def test_a_variant_that_only_the_name_tells_is_written_down(tmp_path):
     convert(path, tmp_path / "mine.safetensors", "bf16")
     (given,) = given_files([tmp_path / "mine.safetensors"])
     assert given.found.spec.title.startswith("FLUX.1 Kontext")
+
+
+@pytest.mark.parametrize("to", ["diffusers", "fp32,diffusers"])
+def test_diffusers_opens_the_folders_that_are_written_for_it(tmp_path, to):
+    convert(MINI.transformer, tmp_path / "transformer", to)
+    convert(MINI.autoencoder, tmp_path / "vae", to)
+    theirs = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer", torch_dtype=torch.float32)
+    bound = bind_part(MINI.transformer, "transformer", Flux1)
+    ours = Flux1(bound.recognised.spec)
+    ours.load_state_dict({name: binding.numbers(torch.float32) for name, binding in bound.bindings.items()})
+    expected = flux1_to_diffusers(ours.state_dict())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae", torch_dtype=torch.float32)
+    own = numbers(MINI.autoencoder, "autoencoder", Autoencoder)
+    assert torch.equal(vae.decoder.conv_in.weight, own["decoder.conv_in.weight"])
+    assert vae.config.scaling_factor == 0.3611
+
+
+def test_encoders_are_not_written_as_folders(tmp_path):
+    with pytest.raises(MismatchError, match="is not written as a folder here; name a .safetensors file"):
+        convert(MINI.t5, tmp_path / "t5", "diffusers")
+    assert os.listdir(tmp_path) == []
 
 
 def test_t5_goes_to_gguf_under_llama_cpps_names(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
@@ -33,6 +35,14 @@ def test_mapped_numbers_are_the_file_itself(path):
         writer.seek(4)
         writer.write(torch.tensor([9.0]).numpy().tobytes())
     assert file.tensor(4, 4, torch.float32, "numbers").item() == 9.0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="this system has no private maps")
+def test_who_writes_to_mapped_numbers_changes_neither_the_file_nor_ends_the_process(path):
+    before = path.read_bytes()
+    FileBytes(path, "map").tensor(4, 256, torch.float32, "numbers").zero_()
+    assert path.read_bytes() == before
+    assert torch.equal(FileBytes(path, "map").tensor(4, 256, torch.float32, "numbers"), NUMBERS)
 
 
 def test_read_numbers_are_ones_own(path):
