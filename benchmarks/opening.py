@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flux.cli.inspect import describe
+from flux.pipelines.describe import describe
 from flux.pipelines.parts import open_transformer
 from flux.weights.formats.gguf_blocks import BLOCKS
 

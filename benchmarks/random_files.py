@@ -51,6 +51,10 @@ class RandomItem:
     seed: int
     is_drawn_packed: bool
 
+    @property
+    def stored_as(self) -> frozenset[str]:
+        return frozenset({"BF16"})
+
     def numbers(self) -> Tensor:
         """In bf16: random ones of a matrix, 0 for biases, 1 for the scales of norms."""
         if self.is_drawn_packed:

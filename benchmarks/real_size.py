@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux.cli.inspect import describe, summary
 from flux.models.autoencoder import Autoencoder
 from flux.models.flux1 import Flux1
 from flux.models.text.clip import ClipText
 from flux.models.text.t5 import T5Encoder
 from flux.ops.packed import takes_packed
 from flux.pipelines.denoising import Hooks, denoise
+from flux.pipelines.describe import describe, summary
 from flux.pipelines.parts import BoundPart, Part, bind_part, open_autoencoder, open_clip, open_t5, open_transformer
 from flux.pipelines.prompts import EncodedPrompt
 from flux.pipelines.text_to_image import Request, plan_sigmas

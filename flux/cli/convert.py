@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 
+from ..pipelines.describe import human_bytes
 from ..pipelines.modules import parameter_shapes
 from ..weights.convert import convert, describe_formats
 from .console import Bar, note, say
-from .inspect import human_bytes
 
 __all__ = ["run"]
 

@@ -14,13 +14,13 @@ from ..models.flux1 import Flux1
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
 from ..ops.layers import on_meta
+from ..pipelines.describe import human_bytes
 from ..specs.autoencoder import AUTOENCODERS
 from ..specs.flux1 import FLUX1, Flux1Spec
 from ..specs.releases import FILE_NAMES, PAGES
 from ..specs.text import CLIP_TEXT, T5_ENCODERS
 from .console import say, table
 from .files import EMBEDDED
-from .inspect import human_bytes
 
 __all__ = ["catalogue", "run"]
 

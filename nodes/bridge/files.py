@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...flux.errors import UserError
-from ...flux.pipelines.modules import parameter_shapes
-from ...flux.weights.checkpoints import FilePart, formats_of, read_parts
-from ...flux.weights.sources import Checkpoint, open_checkpoint
+from ...flux.pipelines.describe import UNKNOWN, describe, human_bytes, printable
 
 __all__ = ["describe_file", "inspect_file", "kinds_in", "stamp"]
 
 REMEMBERED = 4096
-UNKNOWN = "of no kind that is known here"
-NAMES_SHOWN = 5  # of tensors in a file that is not known
-GIGA, MEGA = 1e9, 1e6
 ARTICLES = ("the ", "a ", "an ")
 
 
@@ -73,76 +68,61 @@ def look_at(path: Path) -> Seen:
 def _look(path: Path, size: int, changed: int) -> Seen:
     del size, changed  # only keys
     try:
-        checkpoint = open_checkpoint(path)
-        parts = read_parts(checkpoint, expected=parameter_shapes)
+        facts = describe(path)
     except (UserError, OSError) as error:
         return _bad(path, str(error))
-    told = [(bare(part.recognised.title), _format(checkpoint, part)) for part in parts]
+    told = [(bare(part["title"]), _main_format(part["formats"], facts)) for part in facts["parts"]]
     formats = {kept for _, kept in told}
     if len(formats) == 1:
         short = f"{' and '.join(title for title, _ in told)}, {formats.pop()}"
     else:
         short = " and ".join(f"{title}, {kept}" for title, kept in told)
-    lines = [path.name, f"what: {short or UNKNOWN}", *_facts(checkpoint, parts)]
-    return Seen(frozenset(part.kind for part in parts), short or UNKNOWN, "\n".join(map(printable, lines)))
+    lines = [path.name, f"what: {short or UNKNOWN}", *_lines(facts)]
+    kinds = frozenset(part["kind"] for part in facts["parts"])
+    return Seen(kinds, short or UNKNOWN, "\n".join(map(printable, lines)))
 
 
 def _bad(path: Path, sentence: str) -> Seen:
     return Seen(frozenset(), printable(sentence), f"{printable(path.name)}\n{printable(sentence)}")
 
 
-def _format(checkpoint: Checkpoint, part: FilePart) -> str:
+def _main_format(formats: dict[str, int], facts: dict[str, Any]) -> str:
     """How most of a part's numbers are stored."""
-    own = part if part.plan is not None else None
-    return _format_title(next(iter(formats_of(checkpoint, own)), "empty"), checkpoint)
+    return _format_title(next(iter(formats), "empty"), facts)
 
 
-def _format_title(name: str, checkpoint: Checkpoint) -> str:
-    return f"GGUF {name}" if checkpoint.is_gguf else name
+def _format_title(name: str, facts: dict[str, Any]) -> str:
+    return f"GGUF {name}" if facts["container"] == "GGUF" else name
 
 
-def _facts(checkpoint: Checkpoint, parts: list[FilePart]) -> list[str]:
+def _lines(facts: dict[str, Any]) -> list[str]:
     lines = []
-    for part in parts:
-        if len(parts) > 1:
-            lines.append(f"part: {bare(part.recognised.title)}, {_format(checkpoint, part)}")
-        if part.layout is not None:
-            lines.append(
-                f"layout: {part.layout.layout.name}" + (f" below {part.layout.prefix}" * bool(part.layout.prefix))
-            )
-        lines += [f"note: {note}" for note in part.recognised.notes]
-        if part.fault is not None:
-            lines.append(f"amiss: {part.fault}")
-    numbers = sum(math.prod(source.shape) for source in checkpoint.values())
-    formats = ", ".join(
-        f"{_format_title(name, checkpoint)} {count / max(numbers, 1):.1%}"
-        for name, count in formats_of(checkpoint).items()
+    for part in facts["parts"]:
+        if len(facts["parts"]) > 1:
+            lines.append(f"part: {bare(part['title'])}, {_main_format(part['formats'], facts)}")
+        if part["layout"] is not None:
+            lines.append(f"layout: {part['layout']}" + (f" below {part['prefix']}" if part["prefix"] else ""))
+        lines += [f"note: {note}" for note in part["notes"]]
+        if part["fault"] is not None:
+            lines.append(f"amiss: {part['fault']}")
+    shares = (
+        f"{_format_title(name, facts)} {count / max(facts['parameters'], 1):.1%}"
+        for name, count in facts["formats"].items()
     )
     lines += [
-        f"formats: {formats}",
-        f"numbers: {numbers:,} in {len(checkpoint)} tensors",
-        f"bytes: {size_of(checkpoint)}",
+        f"formats: {', '.join(shares)}",
+        f"numbers: {facts['parameters']:,} in {facts['tensors']} tensors",
+        f"bytes: {human_bytes(facts['bytes'])}",
     ]
-    if len(checkpoint.files) > 1:
-        lines.append(f"files: {len(checkpoint.files)}")
-    if checkpoint.metadata:
-        lines.append(f"metadata: {', '.join(sorted(checkpoint.metadata))}")
-    if not parts:
-        lines.append(f"holds: {', '.join(sorted(checkpoint)[:NAMES_SHOWN]) or 'no tensor'}")
+    if len(facts["files"]) > 1:
+        lines.append(f"files: {len(facts['files'])}")
+    if facts["metadata"]:
+        lines.append(f"metadata: {', '.join(facts['metadata'])}")
+    if "first_tensors" in facts:
+        lines.append(f"holds: {', '.join(facts['first_tensors']) or 'no tensor'}")
     return lines
-
-
-def size_of(checkpoint: Checkpoint) -> str:
-    """Bytes in GB, or in MB where they are few."""
-    size = checkpoint.nbytes
-    return f"{size / GIGA:.1f} GB" if size >= GIGA else f"{size / MEGA:.1f} MB"
 
 
 def bare(title: str) -> str:
     """A title without its article."""
     return next((title.removeprefix(article) for article in ARTICLES if title.startswith(article)), title)
-
-
-def printable(text: str) -> str:
-    """Text without characters that would steer a terminal; names in a file are anybody's."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from flux.cli.inspect import human_bytes
 from flux.models.flux1 import Flux1
 from flux.ops.layers import on_meta
+from flux.pipelines.describe import human_bytes
 from flux.specs.flux1 import FLUX1
 from tests.tiny import write_header_only
 

@@ -68,8 +68,8 @@ def test_names_in_a_file_cannot_steer_a_terminal(files, tmp_path: Path) -> None:
 
 def test_a_file_is_looked_at_again_only_when_it_changed(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    real = files.open_checkpoint
-    monkeypatch.setattr(files, "open_checkpoint", lambda path: opened.append(path) or real(path))
+    real = files.describe
+    monkeypatch.setattr(files, "describe", lambda path: opened.append(path) or real(path))
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path)
     before = files.stamp(path)
