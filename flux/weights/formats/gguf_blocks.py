@@ -9,7 +9,8 @@ Shapes: C blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from .base import DATA, Format, Parts
 from .gguf_k import K_UNPACKS, Scratch, Unpack, Unpacked, bits_to_bytes, empty, from_table, halves, nibbles, packed
-from .threads import Span, share_out, spans_of
+from .threads import Pace, Span, share_out, spans_of
 
 __all__ = ["BLOCKS", "GGUF_FORMATS", "BlockType"]
 
 BITS = 8
 CPU_RUN = 1 << 20  # numbers a thread has at a time: smaller runs cost more calls, larger ones fall out of the cache
 DEVICE_RUN = 1 << 24  # elsewhere calls are dear and caches small; this bounds the scratch memory to some 200 MB
+SLOW = 2e8  # numbers a second: a fifth of what one idle core does, and above what waiting threads do
 WORD = 4  # bytes; blocks whose fields are read as words must begin at one
 
 
@@ -135,21 +137,32 @@ UNPACKS: dict[str, Unpack] = {
 }
 
 
+_pace = Pace(SLOW)
+
+
 def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Numbers of a tensor, whose ``DATA`` is uint8 (C, bytes of a block)."""
     block, unpack = BLOCKS[name], UNPACKS[name]
     data = _at_words(parts[DATA])
     data = data.view(data.numel() // block.bytes, block.bytes)
     numbers = empty(len(data) * block.values, dtype, data.device).view(-1, block.values)
-    size, threads = (CPU_RUN, torch.get_num_threads()) if data.device.type == "cpu" else (DEVICE_RUN, 1)
-    spans = spans_of(len(data), size // block.values)
 
-    def work(left: Iterator[Span]) -> None:
+    def work(left: Iterable[Span]) -> None:
         scratch = Scratch(data.device)
         for start, stop in left:
             _write(unpack(data[start:stop], scratch), numbers[start:stop], scratch)
 
-    share_out(work, spans, min(threads, len(spans)))
+    if data.device.type != "cpu":
+        work(spans_of(len(data), DEVICE_RUN // block.values))
+        return numbers.view(shape)
+    threads, run = torch.get_num_threads(), CPU_RUN // block.values
+    if _pace.together():
+        start = time.perf_counter()
+        work(spans_of(len(data), run * threads))
+        _pace.told(numbers.numel(), time.perf_counter() - start)
+    else:
+        spans = spans_of(len(data), run)
+        share_out(work, spans, min(threads, len(spans)))
     return numbers.view(shape)
 
 

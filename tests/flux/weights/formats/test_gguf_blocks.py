@@ -75,10 +75,13 @@ def test_any_bytes_give_what_the_package_gives(name):
     assert torch.equal(bits(numbers)[~numbers.isnan()], bits(expected)[~expected.isnan()])
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
 @pytest.mark.parametrize("name", GGUF_FORMATS)
-def test_the_length_of_a_run_makes_no_difference(name, monkeypatch, as_run):
+def test_neither_threads_nor_the_length_of_a_run_make_a_difference(name, together, monkeypatch, as_run):
     blocks = random_blocks(name)
     whole = decode(name, blocks)
+    monkeypatch.setattr(gguf_blocks._pace, "together", lambda: together)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(gguf_blocks, "CPU_RUN", 7 * BLOCKS[name].values)
     assert torch.equal(bits(decode(name, blocks)), bits(whole))
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from flux.weights.formats.threads import share_out, spans_of
+from flux.weights.formats.threads import TELLING, Pace, share_out, spans_of
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,26 @@ def test_a_forked_child_makes_threads_of_its_own():
         share_out(lambda spans: done.extend(spans), [(0, 1), (1, 2)], 2)
         os._exit(0 if sorted(done) == [(0, 1), (1, 2)] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_torchs_threads_are_left_alone_after_they_were_slow_and_longer_each_time():
+    pace = Pace(slow=1e9)
+    waits = []
+    for _ in range(3):
+        assert pace.together()
+        pace.told(TELLING, seconds=1.0)
+        count = 0
+        while not pace.together():
+            count += 1
+        waits.append(count)
+        pace._left = 0
+    assert waits[0] < waits[1] < waits[2]
+    pace.told(TELLING, seconds=1e-3)
+    assert pace.together()
+    assert pace.together()
+
+
+def test_little_work_tells_nothing():
+    pace = Pace(slow=1e9)
+    pace.told(100, seconds=1.0)
+    assert pace.together()
