@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..ops.host_memory import drop_spare
 from ..ops.packed import Embedding, PackedWeight, takes_packed
 
 __all__ = ["Residency", "Watch", "Weight"]
@@ -95,6 +96,7 @@ class Residency:
         for name in self._weights:
             if below is None or name.startswith(below):
                 released += self._drop(name)
+        drop_spare()
         return released
 
     @contextmanager

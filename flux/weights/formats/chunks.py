@@ -7,7 +7,6 @@ items in one thread only. Two four-bit numbers are looked up as one item of 64 b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...ops.host_memory import empty
 from .threads import share_out
 
-__all__ = ["as_bytes", "cast", "empty", "look_up", "scale_runs"]
+__all__ = ["as_bytes", "cast", "look_up", "scale_runs"]
 
 Array = npt.NDArray[Any]
 
@@ -28,23 +28,11 @@ CHUNK = 1 << 18  # numbers, 1 MB of fp32: the product with the scales finds them
 DEVICE_CHUNK = 1 << 25  # numbers; bounds what indices and fp32 take on an accelerator
 LARGE = 1 << 20  # numbers from which threads and a table of byte pairs are paid back
 SERIAL = 1 << 15  # numbers up to which torch does not start threads of its own
-HUGE_PAGES = 1 << 22  # bytes from which NumPy asks Linux for huge pages
-ALIGNMENT = 64  # bytes; where torch puts its own tensors
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """A tensor of one-byte items as uint8, without a copy."""
     return tensor if tensor.dtype == torch.uint8 else tensor.contiguous().view(torch.uint8)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for numbers. Large ones on a CPU come of NumPy: in huge pages their first use is four times as fast."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_PAGES:
-        return torch.empty(shape, dtype=dtype, device=device)
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % ALIGNMENT
-    return torch.from_numpy(raw[skip : skip + size]).view(dtype).view(shape)
 
 
 def cast(data: Tensor, dtype: torch.dtype) -> Tensor:

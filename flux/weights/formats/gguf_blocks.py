@@ -17,8 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...ops.host_memory import empty
 from .base import DATA, Format, Parts
-from .gguf_k import K_UNPACKS, Scratch, Unpack, Unpacked, bits_to_bytes, empty, from_table, halves, nibbles, packed
+from .gguf_k import K_UNPACKS, Scratch, Unpack, Unpacked, bits_to_bytes, from_table, halves, nibbles, packed
 from .threads import Pace, Span, share_out, spans_of
 
 __all__ = ["BLOCKS", "GGUF_FORMATS", "BlockType"]
@@ -145,7 +146,7 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
     block, unpack = BLOCKS[name], UNPACKS[name]
     data = _at_words(parts[DATA])
     data = data.view(data.numel() // block.bytes, block.bytes)
-    numbers = empty(len(data) * block.values, dtype, data.device).view(-1, block.values)
+    numbers = empty((len(data) * block.values,), dtype, data.device).view(-1, block.values)
 
     def work(left: Iterable[Span]) -> None:
         scratch = Scratch(data.device)

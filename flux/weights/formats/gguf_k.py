@@ -18,7 +18,6 @@ from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +28,6 @@ __all__ = [
     "Unpack",
     "Unpacked",
     "bits_to_bytes",
-    "empty",
     "from_table",
     "halves",
     "nibbles",
@@ -48,20 +46,6 @@ OWN_BIT = 0x8040_2010_0804_0201 - (1 << 64)  # bit i of byte i, as torch's signe
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl in llama.cpp
 
 
-def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for so many numbers.
-
-    On a CPU NumPy asks for it: in large pages, and again in the place that was free. Torch does neither, and to be
-    given 150 MB in small pages takes several times as long as to decode them.
-    """
-    if device.type != "cpu":
-        return torch.empty(count, dtype=dtype, device=device)
-    size = count * dtype.itemsize
-    memory = np.empty(size + CACHE_LINE, dtype=np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return torch.from_numpy(memory[start : start + size]).view(dtype)
-
-
 class Scratch:
     """Memory by name on one device, kept from one run of blocks to the next.
 
@@ -78,7 +62,7 @@ class Scratch:
         count = prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[name] = empty(count, dtype, self._device)
+            buffer = self._buffers[name] = torch.empty(count, dtype=dtype, device=self._device)
         return buffer[:count].view(shape)
 
 

@@ -1,0 +1,95 @@
+"""Memory on the host for unpacked weights: in large pages, and lent again when it comes back.
+
+A weight's numbers are needed for one product and let go. To be given 150 MB anew, zeroed page by page, takes the system
+as long as decoding them, so that the last block that came back is kept for the next taker until it is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["drop_spare", "empty"]
+
+Block = npt.NDArray[np.uint8]
+
+HUGE_PAGES = 1 << 22  # bytes from which NumPy asks Linux for huge pages; smaller memory is torch's own
+ALIGNMENT = 64  # bytes; where torch puts its own tensors
+MOST_WASTE = 2  # times as large as asked for that a block may be, for the taker may keep it
+LARGEST_SPARE = 1 << 29  # bytes that are kept at most; FLUX.1's largest matrix takes half of it in fp32
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for numbers, with whatever stands in it.
+
+    Args:
+        shape: Of the numbers.
+        dtype: Their type.
+        device: Where; only on a CPU is it lent.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < HUGE_PAGES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    lent = _Lent.of(_spare.take(size + ALIGNMENT))
+    skip = -lent.ctypes.data % ALIGNMENT
+    # Cut by torch: a cut by NumPy would refer to the block and not to the loan.
+    return torch.from_numpy(lent)[skip : skip + size].view(dtype).view(shape)
+
+
+def drop_spare() -> None:
+    """Let go of the memory that is kept for the next taker."""
+    _spare.drop()
+
+
+class _Spare:
+    """The one block that is not lent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._block: Block | None = None
+
+    def take(self, size: int) -> Block:
+        """The spare block if it is large enough and not far too large, else a new one."""
+        with self._lock:
+            block = self._block
+            if block is not None and size <= block.nbytes <= MOST_WASTE * size:
+                self._block = None
+                return block
+        return np.empty(size, np.uint8)
+
+    def give(self, block: Block) -> None:
+        """Keep the larger of a block that came back and the spare one."""
+        if block.nbytes > LARGEST_SPARE:
+            return
+        with self._lock:
+            if self._block is None or self._block.nbytes < block.nbytes:
+                self._block = block
+
+    def drop(self) -> None:
+        with self._lock:
+            self._block = None
+
+
+_spare = _Spare()
+
+
+class _Lent(np.ndarray[Any, np.dtype[np.uint8]]):
+    """A block on loan, which goes back when the tensor that was made of it is gone, and all views of it."""
+
+    _block: Block | None = None
+
+    @classmethod
+    def of(cls, block: Block) -> _Lent:
+        lent = block.view(cls)
+        lent._block = block
+        return lent
+
+    def __del__(self) -> None:
+        if self._block is not None:
+            _spare.give(self._block)
