@@ -237,7 +237,9 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[str]:
         # One heap and one thread: a second arena would reserve 64 MB of address space that is never used.
-        environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        own = {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**inherited, **own}  # memory that glibc was told to keep would count for the next file
         self._process = process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.worker", self.target],
             stdin=subprocess.PIPE,
