@@ -153,7 +153,7 @@ def table(
             f"A matrix of {shape[0]} x {shape[1]} to fp32 on the CPU, {THREADS} threads, medians of {repeats} taken in "
             "turn, equal to the bit. Beside: the `gguf` package's NumPy code; for nf4 the plain look-up in torch. "
             f"Other processes had up to {100 * max(one.foreign for one in found):.0f} % of the cores' time meanwhile: "
-            "torch's threads wait for each other, so that a core that is busy otherwise makes ours many times slower.",
+            "torch's threads wait for each other, and where a core is busy otherwise, threads of our own take over.",
             "",
             "| | numbers a ns | GB/s written | beside | times as fast | bar | with `make`'s malloc settings |",
             "|---|---|---|---|---|---|---|",

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from flux.mini.files import MINI, open_mini
-from flux.models.flux1 import Flux1
 from flux.pipelines.denoising import denoise, prepared
 from flux.pipelines.parts import bind_part, open_transformer
 from flux.pipelines.prompts import EncodedPrompt
@@ -89,7 +88,7 @@ def run(model: FluxModel, path: Path, keep: str, prompts: EncodedPrompt, start: 
         prompts: One for each picture (B, ...).
         start: Finished latents (1, C, h, w) that the one forward looks at; its own first picture's when None.
     """
-    bound = bind_part(path, "transformer", Flux1)
+    bound = bind_part(path, "transformer")
     weights = {name: own for name, own in bound.bindings.items() if packs("transformer", name)}
     part = open_transformer(path, CPU, torch.float32, keep=keep)
     width, height = NATIVE

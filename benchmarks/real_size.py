@@ -308,7 +308,7 @@ def run(files: Files, device: torch.device, meter: Meter, *, side: int = SIDE, s
     with meter.stage("open the transformer"):
         part = open_transformer(files.transformer, device, keep="packed")
     with meter.stage("plan it"):
-        planned = plan(bind_part(files.transformer, "transformer", Flux1), part.dtype)
+        planned = plan(bind_part(files.transformer, "transformer"), part.dtype)
     told.append(f"{part.dtype} on {device}: {planned}")
     with meter.stage("open the encoders and the autoencoder"):
         t5, clip = open_t5(files.t5, device, keep="packed"), open_clip(files.clip, device)

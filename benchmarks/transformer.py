@@ -28,6 +28,7 @@ from flux.pipelines.denoising import Denoiser, Hooks, denoise
 from flux.pipelines.parts import open_transformer
 from flux.pipelines.prompts import EncodedPrompt
 from flux.specs.flux1 import FLUX1, Flux1Spec
+from flux.weights.diffusers_folder import config_of
 
 __all__ = ["MIDDLE", "main"]
 
@@ -77,25 +78,8 @@ def write_random_weights(spec: Flux1Spec, folder: Path, dtype: torch.dtype) -> P
     theirs.mkdir()
     converted = {k: v.contiguous() for k, v in flux1_to_diffusers(state).items()}
     save_file(converted, theirs / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    (theirs / "config.json").write_text(json.dumps(diffusers_config(spec)))
+    (theirs / "config.json").write_text(json.dumps(config_of(spec)))
     return ours
-
-
-def diffusers_config(spec: Flux1Spec) -> dict[str, object]:
-    """The same sizes in diffusers' words."""
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
-        "in_channels": spec.in_channels,
-        "num_layers": spec.double_blocks,
-        "num_single_layers": spec.single_blocks,
-        "attention_head_dim": spec.hidden // spec.heads,
-        "num_attention_heads": spec.heads,
-        "joint_attention_dim": spec.context_width,
-        "pooled_projection_dim": spec.pooled_width,
-        "guidance_embeds": spec.guidance_embedding,
-        "axes_dims_rope": list(spec.axes),
-    }
 
 
 def our_step(path: Path, inputs: Inputs, dtype: torch.dtype) -> tuple[Callable[[], Tensor], float]:

@@ -39,7 +39,7 @@ class SaveModel(io.ComfyNode):
                     default="bf16",
                     tooltip="What the large matrices are stored as; the rest stays in 16 or 32 bits. fp8 halves bf16, "
                     "gguf:Q4_K and nvfp4 take less than a third of it. 'as it is' keeps each tensor's own format where "
-                    "nothing is merged into it.",
+                    "nothing is merged into it and a safetensors file can have it; GGUF becomes bf16.",
                 ),
                 io.Combo.Input(
                     "layout",

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     paths = list(_expanded(arguments.files))
     described = [_described(path) for path in paths]
     good = [facts for facts in described if "error" not in facts]
-    misfits = _misfits(paths)
+    misfits = _misfits(good)
     if arguments.json:
         said = [{**facts, "does_not_fit": misfits.get(facts["file"], [])} for facts in described]
         say(json.dumps(said, indent=2))
@@ -54,13 +54,16 @@ def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
             yield from model_files_in(path, deep=True) or [path]
 
 
-def _misfits(paths: Sequence[Path]) -> dict[str, list[str]]:
-    """Why files do not fit the transformer among them, by its path; empty unless there is exactly one."""
-    given = given_files(paths)
-    transformers = [own for own in given if own.found.kind == "transformer"]
-    if len(transformers) != 1:
+def _misfits(described: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Why files do not fit the transformer among several, by its path; empty unless there is exactly one."""
+    kinds = [part["kind"] for facts in described for part in facts["parts"]]
+    if kinds.count("transformer") != 1 or len(kinds) == 1:
         return {}
-    return {str(transformers[0].path): faults_between(transformers[0], [o for o in given if o is not transformers[0]])}
+    given = given_files(Path(facts["file"]) for facts in described)
+    transformer = next((own for own in given if own.found.kind == "transformer"), None)
+    if transformer is None:  # one that is not whole
+        return {}
+    return {str(transformer.path): faults_between(transformer, [own for own in given if own is not transformer])}
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Denoiser:
     def __init__(
         self, part: Part[Flux1Spec, Flux1], prompt: EncodedPrompt, guidance: float | None, hooks: Hooks
     ) -> None:
-        check_fit(part.spec, prompt)
+        check_text(part.spec, prompt)
         self.part, self.hooks = part, hooks
         self.pooled = prompt.pooled.to(part.device, part.dtype)
         self.tokens = prompt.tokens.to(part.device, part.dtype)
@@ -114,7 +114,7 @@ class Denoiser:
         return self.part.residency.borrow(prefix)
 
 
-def check_fit(spec: Flux1Spec, prompt: EncodedPrompt) -> None:
+def check_text(spec: Flux1Spec, prompt: EncodedPrompt) -> None:
     """Refuse text that was encoded for another model.
 
     Raises:

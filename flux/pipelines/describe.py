@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..specs.recognition import titles_of
 from ..weights.checkpoints import FilePart, formats_of, read_parts
 from ..weights.sources import Checkpoint, open_checkpoint
 from .modules import parameter_shapes
 
-__all__ = ["UNKNOWN", "describe", "human_bytes", "printable", "stored_as", "summary"]
+__all__ = ["describe", "human_bytes", "printable", "stored_as", "summary"]
 
-UNKNOWN = "of no kind that is known here"
 NAMES_SHOWN = 5  # of tensors in a file that is not known
 KILO = 1000
 MINOR_SHARE = 0.05  # of the numbers, from which on a format is named in a summary
@@ -32,7 +32,7 @@ def describe(path: Path) -> dict[str, Any]:
         "file": str(path),
         "container": "GGUF" if checkpoint.is_gguf else "safetensors",
         "files": [str(own) for own in checkpoint.files],
-        "what": " and ".join(part.recognised.title for part in parts) or UNKNOWN,
+        "what": titles_of(part.recognised for part in parts),
         "parts": [_part_facts(checkpoint, part) for part in parts],
         "tensors": len(checkpoint),
         "parameters": sum(math.prod(source.shape) for source in checkpoint.values()),

@@ -25,12 +25,13 @@ from ..ops.layers import on_meta
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.fit import Given, check_fit, check_kind, faults_between
 from ..specs.flux1 import Flux1Spec
-from ..specs.recognition import Recognised
+from ..specs.recognition import Recognised, titles_of
 from ..specs.text import ClipTextSpec, T5Spec
 from ..weights.binding import Binding, bind
 from ..weights.checkpoints import FilePart, read_parts
 from ..weights.sources import Checkpoint, open_checkpoint
 from .library import given_files, model_files_in
+from .modules import build_of
 
 __all__ = [
     "KEEPS", "BoundPart", "Part", "bind_part", "check_beside", "find_part", "open_autoencoder", "open_clip", "open_t5",
@@ -41,7 +42,6 @@ Spec = TypeVar("Spec")
 Module = TypeVar("Module", bound=nn.Module)
 
 KEEPS = ("auto", "numbers", "packed")
-UNKNOWN = "of no kind that is known here"
 SHARE_FOR_NUMBERS = 0.5  # of the memory that is left, which unpacked weights may take without being asked for
 
 
@@ -102,7 +102,7 @@ def open_transformer(
     Raises:
         UserError: The file is missing, damaged, or something else.
     """
-    return _open(path, "transformer", Flux1, device, dtype, variant=variant, keep=keep)
+    return _open(path, "transformer", device, dtype, variant=variant, keep=keep)
 
 
 def open_autoencoder(
@@ -111,19 +111,19 @@ def open_autoencoder(
     """Open a FLUX.1 autoencoder file; see ``open_transformer``. It runs in fp32 where others run in fp16."""
     if dtype is None and fast_dtype(device) == torch.float16:
         dtype = torch.float32  # FLUX.1's activations leave fp16's range
-    return _open(path, "autoencoder", Autoencoder, device, dtype)
+    return _open(path, "autoencoder", device, dtype)
 
 
 def open_clip(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Part[ClipTextSpec, ClipText]:
     """Open a CLIP text encoder file; see ``open_transformer``."""
-    return _open(path, "clip", ClipText, device, dtype)
+    return _open(path, "clip", device, dtype)
 
 
 def open_t5(
     path: Path, device: torch.device, dtype: torch.dtype | None = None, *, keep: str = "auto"
 ) -> Part[T5Spec, T5Encoder]:
     """Open a T5 encoder file; see ``open_transformer``."""
-    return _open(path, "t5", T5Encoder, device, dtype, keep=keep)
+    return _open(path, "t5", device, dtype, keep=keep)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,6 @@ class BoundPart:
 def bind_part(
     path: Path,
     kind: str,
-    build: Callable[[Any], nn.Module],
     variant: str | None = None,
     candidates: Callable[[], Sequence[Given]] | None = None,
 ) -> BoundPart:
@@ -160,7 +159,6 @@ def bind_part(
     Args:
         path: See ``open_transformer``.
         kind: "transformer", "autoencoder", "clip" or "t5".
-        build: Makes the module of a spec.
         variant: See ``open_transformer``.
         candidates: Asked, where the file is something else, for the user's files, of which those that fit are named;
             those beside it when None.
@@ -169,6 +167,8 @@ def bind_part(
         UserError: The file is missing, damaged, or something else; or a tensor is missing, unknown, or misshapen.
     """
     checkpoint, part = find_part(path, kind, variant, candidates)
+    build = build_of(part.recognised.spec)
+    assert build is not None, "a part that runs has a module"
     with on_meta():
         module = build(part.recognised.spec)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
@@ -209,21 +209,20 @@ def joined(found: Sequence[Recognised]) -> Recognised:
     """What a file is as a whole, for messages."""
     if len(found) == 1:
         return found[0]
-    return Recognised("foreign", " and ".join(part.title for part in found) or UNKNOWN, runs=False)
+    return Recognised("foreign", titles_of(found), runs=False)
 
 
 def _open(
     path: Path,
     kind: str,
-    build: Callable[[Any], Module],
     device: torch.device,
     dtype: torch.dtype | None,
     *,
     variant: str | None = None,
     keep: str = "auto",
-) -> Part[Any, Module]:
+) -> Part[Any, Any]:
     assert keep in KEEPS
-    bound = bind_part(path, kind, build, variant)
+    bound = bind_part(path, kind, variant)
     chosen = dtype or compute_dtype(device, bound.parameters)
     packs = keep == "packed" or (keep == "auto" and _packs(bound, device, chosen))
     residency = Residency(bound.module, bound.bindings, device=device, dtype=chosen, keeps_packed=packs)
@@ -234,6 +233,6 @@ def _packs(bound: BoundPart, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights stay packed: where their numbers would take too much, or the device multiplies them so."""
     if bound.parameters * dtype.itemsize > SHARE_FOR_NUMBERS * available_bytes(device):
         return True
-    return device.type == "cuda" and any(
-        source.format.product is not None for binding in bound.bindings.values() for source in binding.sources.values()
+    return any(
+        source.multiplies_on(device) for binding in bound.bindings.values() for source in binding.sources.values()
     )

@@ -25,7 +25,7 @@ from .foreign import Foreign, HasShape, find_foreign
 from .releases import PART_TITLES
 from .text import CLIP_TEXT, T5_ENCODERS, ClipTextSpec, T5Spec
 
-__all__ = ["AnySpec", "Recognised", "TransformerSpec", "recognise_foreign", "recognise_part"]
+__all__ = ["AnySpec", "Recognised", "TransformerSpec", "recognise_foreign", "recognise_part", "titles_of"]
 
 TransformerSpec = Flux1Spec | Flux2Spec
 AnySpec = TransformerSpec | AutoencoderSpec | ClipTextSpec | T5Spec
@@ -63,6 +63,14 @@ class Recognised:
     def is_model(self) -> bool:
         """Whether it is a whole diffusion model, of whatever family, rather than something that goes with one."""
         return self.role in ("transformer", "model")
+
+
+UNKNOWN = "of no kind that is known here"
+
+
+def titles_of(found: Iterable[Recognised]) -> str:
+    """What a file is as a whole, behind "is"."""
+    return " and ".join(part.title for part in found) or UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -315,7 +323,7 @@ def _another_size(
         return f"it takes {fields['in_channels']} input channels"
     base, notes = _choose(near, None, hints)
     try:
-        spec = replace(base, name=f"{base.name}-variant", title=f"{base.title}, another size", **fields)  # type: ignore[arg-type]
+        spec = replace(base, name=f"{base.name}-variant", title=f"{base.title} (another size)", **fields)  # type: ignore[arg-type]
     except ValueError as error:
         return str(error)
     note = (

@@ -46,11 +46,6 @@ class Binding:
         """How many numbers."""
         return math.prod(self.shape)
 
-    @property
-    def label(self) -> str:
-        """The stored tensors' names, for messages."""
-        return " and ".join(self.sources)
-
     def numbers(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         """The parameter's numbers.
 

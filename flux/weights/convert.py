@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import MismatchError, UserError
 from ..specs.flux1 import Flux1Spec
 from ..specs.flux2 import Flux2Spec
-from .binding import Binding
+from ..specs.recognition import titles_of
+from .binding import Binding, bind
 from .checkpoints import Expected, FilePart, read_parts
 from .diffusers_folder import WEIGHTS, config_of, write_config
 from .formats.companions import METADATA as QUANT_METADATA
@@ -230,12 +231,9 @@ def layout_for(found: FilePart, written: Written | None, layout: str | None) -> 
 
 def items_of(checkpoint: Checkpoint, found: FilePart) -> dict[str, StoredItem]:
     """Our tensors of a part by name."""
-    items = {}
-    for name, recipe in found.whole_plan().items():
-        own = {source: checkpoint[source] for source in recipe.sources}
-        shape = recipe.shape(lambda source, own=own: own[source].shape)  # type: ignore[misc]
-        items[name] = StoredItem(Binding(shape, recipe, own))
-    return items
+    plan = found.whole_plan()
+    shapes = plan.shapes(lambda source: checkpoint[source].shape)
+    return {name: StoredItem(own) for name, own in bind(plan, checkpoint, shapes, checkpoint.path.name).items()}
 
 
 def _part(checkpoint: Checkpoint, part: str | None, variant: str | None, expected: Expected | None) -> FilePart:
@@ -245,7 +243,7 @@ def _part(checkpoint: Checkpoint, part: str | None, variant: str | None, expecte
         if found is not None:
             found.whole_plan()
             return found
-    what = " and ".join(own.recognised.title for own in parts) or "of no kind that is known here"
+    what = titles_of([own.recognised for own in parts])
     wanted = "a FLUX transformer, autoencoder or text encoder" if part is None else f"a FLUX {part}"
     raise MismatchError(f"{checkpoint.path.name} is {what}, but {wanted} is needed to convert; choose another file")
 

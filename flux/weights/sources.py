@@ -17,14 +17,19 @@ from ..errors import FileError
 from .formats.base import DATA, Format
 from .formats.companions import Stored, check_scales, storage_of
 from .formats.floats import PLAIN, for_device
+from .formats.fp4 import NVFP4, NVFP4_LINEAR
 from .formats.gguf_blocks import GGUF_FORMATS
 from .formats.gguf_checks import check_block_scales
+from .formats.products import has_units
 from .readers.gguf import MAGIC, GgufFile
 from .readers.header import TensorEntry
 from .readers.safetensors import SafetensorsFile
 from .readers.sharded import INDEX_SUFFIX, ShardedFile, index_in, index_of_shard
 
 __all__ = ["Checkpoint", "ModelFile", "Source", "open_checkpoint"]
+
+
+NVFP4_WORDS = {"modelopt": NVFP4_LINEAR.name, "comfy": NVFP4.name}  # in metadata or a file's name, and the dialect
 
 
 class ModelFile(Protocol):
@@ -54,7 +59,7 @@ class Source:
         shape: Of the numbers, unpacked. Formats that pad say the padded shape; ``numbers`` takes a smaller one.
         format: How they are packed.
         parts: The stored tensors' names by role.
-        storage: What else the file says of them; None for GGUF.
+        multiplies: Whether the file leaves it to us to multiply in the stored format.
     """
 
     def __init__(
@@ -64,9 +69,9 @@ class Source:
         shape: tuple[int, ...],
         row: Format,
         parts: Mapping[str, str] | None = None,
-        storage: Stored | None = None,
+        multiplies: bool = True,
     ) -> None:
-        self.file, self.name, self.shape, self.format, self.storage = file, name, shape, row, storage
+        self.file, self.name, self.shape, self.format, self.multiplies = file, name, shape, row, multiplies
         self.parts = {DATA: name} if parts is None else dict(parts)
         self._is_checked = False
 
@@ -76,10 +81,9 @@ class Source:
         entries = [self.file[name] for name in self.parts.values()]
         return sum(entry.end - entry.start for entry in entries)
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether the file leaves it to us to multiply in the stored format."""
-        return self.storage is None or not self.storage.full_precision_product
+    def multiplies_on(self, device: torch.device) -> bool:
+        """Whether it is multiplied as it is stored there, rather than unpacked."""
+        return self.multiplies and has_units(self.format.product, device)
 
     def stored(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The stored tensors by role; on the CPU they may be views of the file, not to be written to.
@@ -166,7 +170,8 @@ def open_checkpoint(path: Path, *, nvfp4_dialect: str | None = None) -> Checkpoi
 
     Args:
         path: A safetensors or GGUF file; or the index of a model in several files, one of these files, or their folder.
-        nvfp4_dialect: "nvfp4" or "nvfp4 linear" for files that do not tell.
+        nvfp4_dialect: "nvfp4" or "nvfp4 linear" for files that do not tell; None to go by the words "modelopt" and
+            "comfy" in their metadata and name.
 
     Raises:
         MissingFileError: There is no such file.
@@ -175,10 +180,9 @@ def open_checkpoint(path: Path, *, nvfp4_dialect: str | None = None) -> Checkpoi
     file = _open_file(path)
     if isinstance(file, GgufFile):
         return Checkpoint(file, {name: _gguf_source(file, name, entry) for name, entry in file.items()})
-    storage = storage_of(file, file.metadata, file.read, file=file.path.name, nvfp4_dialect=nvfp4_dialect)
-    return Checkpoint(
-        file, {name: Source(file, name, own.shape, own.format, own.names, own) for name, own in storage.items()}
-    )
+    dialect = nvfp4_dialect or _nvfp4_hint(file)
+    storage = storage_of(file, file.metadata, file.read, file=file.path.name, nvfp4_dialect=dialect)
+    return Checkpoint(file, {name: _source(file, name, own) for name, own in storage.items()})
 
 
 def _open_file(path: Path) -> SafetensorsFile | ShardedFile | GgufFile:
@@ -206,6 +210,20 @@ def _is_gguf(path: Path) -> bool:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
+
+
+def _source(file: ModelFile, name: str, own: Stored) -> Source:
+    return Source(file, name, own.shape, own.format, own.names, not own.full_precision_product)
+
+
+def _nvfp4_hint(file: ModelFile) -> str | None:
+    """Whose nvfp4 a file says that it is, in its metadata or else its name; None where it does not."""
+    texts = (" ".join(text for pair in file.metadata.items() for text in pair), file.path.name)
+    for text in map(str.lower, texts):
+        dialect = next((dialect for word, dialect in NVFP4_WORDS.items() if word in text), None)
+        if dialect is not None:
+            return dialect
+    return None
 
 
 def _gguf_source(file: GgufFile, name: str, entry: TensorEntry) -> Source:

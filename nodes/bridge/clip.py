@@ -166,7 +166,7 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
     Raises:
         UserError: A file is missing, damaged, or another encoder than it should be.
     """
-    parts = (open_weights(Path(clip_path), "clip", ClipText), open_weights(Path(t5_path), "t5", T5Encoder))
+    parts = (open_weights(Path(clip_path), "clip"), open_weights(Path(t5_path), "t5"))
     specs = [weights.spec for weights in parts]
     device = comfy.model_management.text_encoder_device()
     numbers = [_numbers(weights, device) for weights in parts]

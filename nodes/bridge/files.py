@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...flux.errors import UserError
-from ...flux.pipelines.describe import UNKNOWN, describe, human_bytes, printable
+from ...flux.pipelines.describe import describe, human_bytes, printable
 
 __all__ = ["describe_file", "inspect_file", "kinds_in", "stamp"]
 
@@ -77,9 +77,9 @@ def _look(path: Path, size: int, changed: int) -> Seen:
         short = f"{' and '.join(title for title, _ in told)}, {formats.pop()}"
     else:
         short = " and ".join(f"{title}, {kept}" for title, kept in told)
-    lines = [path.name, f"what: {short or UNKNOWN}", *_lines(facts)]
+    lines = [path.name, f"what: {short or facts['what']}", *_lines(facts)]
     kinds = frozenset(part["kind"] for part in facts["parts"])
-    return Seen(kinds, short or UNKNOWN, "\n".join(map(printable, lines)))
+    return Seen(kinds, short or facts["what"], "\n".join(map(printable, lines)))
 
 
 def _bad(path: Path, sentence: str) -> Seen:

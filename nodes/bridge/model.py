@@ -16,7 +16,6 @@ import comfy.supported_models
 
 from ...flux.errors import FluxFoundryError
 from ...flux.mini.files import MINI as MINI_FILES
-from ...flux.models.flux1 import Flux1
 from ...flux.pipelines.text_to_image import GRID
 from ...flux.sampling.packing import PATCH
 from ...flux.sampling.schedules import flux1_mu
@@ -87,7 +86,7 @@ def load_model(path: str, dtype: str = "auto", variant: str | None = None, disab
     Raises:
         UserError: The file is missing, damaged or something else.
     """
-    weights = open_weights(Path(path), "transformer", Flux1, variant)
+    weights = open_weights(Path(path), "transformer", variant)
     device = comfy.model_management.get_torch_device()
     numbers = choose_numbers(weights, device, dtype)
     packed = weights.packed(weights.packed_layers) if dtype == "auto" else {}

@@ -106,7 +106,7 @@ def load_vae(path: str, disable_dynamic: bool = False) -> FoundryVAE:
         UserError: The file is missing, damaged or something else.
     """
     del disable_dynamic
-    weights = open_weights(Path(path), "autoencoder", Autoencoder)
+    weights = open_weights(Path(path), "autoencoder")
     device = comfy.model_management.vae_device()
     dtype = comfy.model_management.vae_dtype(device, WORKING_DTYPES)
     with torch.device("meta"):

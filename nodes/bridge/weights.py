@@ -178,19 +178,18 @@ def _is_plain(binding: Binding) -> bool:
     return all(source.format.name in PLAIN for source in binding.sources.values())
 
 
-def open_weights(path: Path, kind: str, build: Callable[[Any], nn.Module], variant: str | None = None) -> Weights:
+def open_weights(path: Path, kind: str, variant: str | None = None) -> Weights:
     """Recognise a part of a file from its header and match it with its module's parameters.
 
     Args:
         path: A safetensors or GGUF file, or the index of several.
         kind: What it has to be: "transformer", "autoencoder", "clip" or "t5".
-        build: Makes the module of a spec, of the engine's own layers.
         variant: What it is, where its tensors cannot tell: the name of a spec.
 
     Raises:
         UserError: The file is missing, damaged or something else; the message names it.
     """
-    bound = bind_part(path, kind, build, variant, lambda: users_files((kind,)))
+    bound = bind_part(path, kind, variant, lambda: users_files((kind,)))
     for note in bound.recognised.notes:
         logger.info("FLUX Foundry: %s: %s", path.name, note)
     return Weights(bound)

@@ -47,7 +47,7 @@ def test_files_that_are_kept_are_used_again(tmp_path, capsys):
 def test_what_is_planned_is_what_is_resident(tmp_path):
     path = tmp_path / "mini.safetensors"
     write_random(path, lambda: Flux1(MINI), "flux1-bfl", "fp8", MINI.title)
-    planned = plan(bind_part(path, "transformer", Flux1), torch.float32)
+    planned = plan(bind_part(path, "transformer"), torch.float32)
     part = open_transformer(path, CPU, torch.float32, keep="packed")
     with part.resident(without=tuple(part.module.modulation_layers())):
         assert planned.resident == part.residency.resident_bytes

@@ -423,8 +423,8 @@ def _dialect(layer: _Layer) -> str:
     if found is None:
         raise layer.refusal(
             "is nvfp4, and nothing in the file tells whether in ComfyUI's dialect (even element in a byte's high half, "
-            "blocked scales) or in ModelOpt's (low half, scales in rows); save it with comfy_quant, or "
-            f"{WAY_OUT}"
+            "blocked scales) or in ModelOpt's (low half, scales in rows); put modelopt or comfyui into "
+            f"the file's name, or {WAY_OUT}"
         )
     return found
 

@@ -34,7 +34,6 @@ __all__ = [
     "packed",
 ]
 
-CACHE_LINE = 64  # bytes
 PART = 32
 LOW_NIBBLE = 0x0F
 NIBBLE = 4  # bits

@@ -20,7 +20,7 @@ from .base import DATA, Parts
 from .floats import E4M3, E4M3_MAX
 from .roles import BLOCK_EXPONENT, BLOCK_SCALE, PRE_QUANT_SCALE, SCALE, TENSOR_SCALE
 
-__all__ = ["fp8_product", "fp8_units", "kitchen", "mxfp8_product", "nvfp4_product"]
+__all__ = ["fp8_product", "fp8_units", "has_units", "kitchen", "mxfp8_product", "nvfp4_product"]
 
 FP8_CAPABILITY, ROW_CAPABILITY, FP4_CAPABILITY = (8, 9), (9, 0), (10, 0)
 MULTIPLE = 16  # that K and N must be of
@@ -54,6 +54,13 @@ def kitchen() -> ModuleType | None:
         return importlib.import_module("comfy_kitchen")
     except (ImportError, OSError, RuntimeError):
         return None
+
+
+def has_units(product: object, device: torch.device) -> bool:
+    """Whether a device can run one of the products below."""
+    if product in (nvfp4_product, mxfp8_product):
+        return fp4_units(device) and kitchen() is not None
+    return product is fp8_product and fp8_units(device)
 
 
 def fp8_product(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -13,7 +13,7 @@ from .base import DATA, Format
 from .gguf_blocks import BLOCKS, GGUF_FORMATS
 from .gguf_encode import ENCODERS, encode
 
-__all__ = ["GGUF", "WRITTEN", "Written", "gguf_type"]
+__all__ = ["GGUF", "WRITTEN", "Written"]
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
 
@@ -31,7 +31,7 @@ class Written:
         row: What reads it.
         encode: Numbers (N, K) to the stored tensors by role.
         block: Numbers that rows must be a multiple of.
-        packs: Whether it is for matrices of blocks alone; all other tensors are then stored in 16 bits.
+        packs: Whether it is for matrices of blocks alone; all other tensors are then stored as plain numbers.
     """
 
     name: str
@@ -105,8 +105,3 @@ WRITTEN: dict[str, Written] = {
         *(_gguf(kind) for kind in ENCODERS),
     )
 }  # fmt: skip
-
-
-def gguf_type(row: Format) -> str | None:
-    """Ggml's name of a format; None for those that GGUF does not have."""
-    return row.name if row.name in BLOCKS else None

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, UserError
+from .header import TensorEntry
 
-__all__ = ["ENVIRONMENT", "WAYS", "FileBytes"]
+__all__ = ["ENVIRONMENT", "WAYS", "FileBytes", "MappedTensors"]
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,43 @@ class FileBytes:
         began = time.perf_counter()
         self._read(fd, start, PROBE_BYTES, "a probe")
         return time.perf_counter() - began
+
+
+class MappedTensors:
+    """What files of tensors share: where each tensor's bytes are, and how they come and go.
+
+    Attributes:
+        path: The file.
+        data_start: Where in it the tensors begin, in bytes.
+    """
+
+    path: Path
+    data_start: int
+    _bytes: FileBytes
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        raise NotImplementedError
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def want(self, name: str) -> None:
+        """Have a mapped tensor's pages brought in together, ahead of their use."""
+        self._bytes.want(*self._span(name))
+
+    def forget(self, name: str) -> None:
+        """Let go of a mapped tensor's pages."""
+        self._bytes.forget(*self._span(name))
+
+    def _flat(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor's bytes as ``dtype``, flat; mostly a view of the mapped file."""
+        return self._bytes.tensor(*self._span(name), dtype, f"tensor {name}")
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """Where in the file a tensor begins, and its length, in bytes."""
+        entry = self[name]
+        return self.data_start + entry.start, entry.end - entry.start
 
 
 def faster_way(mapping: float, reading: float) -> str:

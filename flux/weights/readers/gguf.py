@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...errors import FileError, MissingFileError
 from ..formats.gguf_blocks import BLOCKS
-from .file_bytes import FileBytes
+from .file_bytes import FileBytes, MappedTensors
 from .header import (
     MAX_NAME,
     MAX_TENSORS,
@@ -94,7 +94,7 @@ class LongArray:
     start: int
 
 
-class GgufFile(Mapping[str, TensorEntry]):
+class GgufFile(Mapping[str, TensorEntry], MappedTensors):
     """The entries of a file by name; ``stored`` and ``read`` bring one tensor.
 
     Args:
@@ -138,10 +138,6 @@ class GgufFile(Mapping[str, TensorEntry]):
         """Bytes of all tensors."""
         return sum(entry.end - entry.start for entry in self._entries.values())
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.path,)
-
     def stored(self, name: str) -> Tensor:
         """One tensor on the CPU as it is stored; mostly a view of the mapped file, never to be written to.
 
@@ -153,19 +149,8 @@ class GgufFile(Mapping[str, TensorEntry]):
         """
         entry = self[name]
         dtype = PLAIN_DTYPES.get(entry.dtype)
-        start, length = self.data_start + entry.start, entry.end - entry.start
-        flat = self._bytes.tensor(start, length, dtype or torch.uint8, f"tensor {name}")
+        flat = self._flat(name, dtype or torch.uint8)
         return flat.view(entry.shape) if dtype else flat.view(-1, BLOCKS[entry.dtype].bytes)
-
-    def want(self, name: str) -> None:
-        """Have a mapped tensor's pages brought in together, ahead of their use."""
-        entry = self[name]
-        self._bytes.want(self.data_start + entry.start, entry.end - entry.start)
-
-    def forget(self, name: str) -> None:
-        """Let go of a mapped tensor's pages."""
-        entry = self[name]
-        self._bytes.forget(self.data_start + entry.start, entry.end - entry.start)
 
     def read(self, name: str) -> Tensor:
         """A copy of one tensor on the CPU as it is stored; see ``stored``."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError
-from .file_bytes import FileBytes
+from .file_bytes import FileBytes, MappedTensors
 from .header import SafetensorsHeader, TensorEntry, fill
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorEntry"]
@@ -30,16 +30,12 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-class SafetensorsFile(SafetensorsHeader):
+class SafetensorsFile(SafetensorsHeader, MappedTensors):
     """The entries of a file by name; ``stored`` and ``read`` bring one tensor."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._bytes = FileBytes(path)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.path,)
 
     def stored(self, name: str) -> Tensor:
         """One tensor on the CPU, in its stored format; mostly a view of the mapped file, never to be written to.
@@ -47,19 +43,7 @@ class SafetensorsFile(SafetensorsHeader):
         Raises:
             FileError: The format is not read here, or the file changed since it was opened.
         """
-        entry, dtype = self[name], self._dtype(name)
-        start, length = self.data_start + entry.start, entry.end - entry.start
-        return self._bytes.tensor(start, length, dtype, f"tensor {name}").view(entry.shape)
-
-    def want(self, name: str) -> None:
-        """Have a mapped tensor's pages brought in together, ahead of their use."""
-        entry = self[name]
-        self._bytes.want(self.data_start + entry.start, entry.end - entry.start)
-
-    def forget(self, name: str) -> None:
-        """Let go of a mapped tensor's pages."""
-        entry = self[name]
-        self._bytes.forget(self.data_start + entry.start, entry.end - entry.start)
+        return self._flat(name, self._dtype(name)).view(self[name].shape)
 
     def read(self, name: str) -> Tensor:
         """A copy of one tensor on the CPU, in its stored format; see ``stored``."""

@@ -88,7 +88,9 @@ def test_picture_k_of_a_count_equals_a_run_of_its_own_with_its_seed(model):
 def test_weights_are_read_once_for_all_pictures_and_prompts(model, monkeypatch):
     read = []
     original = Binding.numbers
-    monkeypatch.setattr(Binding, "numbers", lambda own, *rest: (read.append(own.label), original(own, *rest))[1])
+    monkeypatch.setattr(
+        Binding, "numbers", lambda own, *rest: (read.append(" and ".join(own.sources)), original(own, *rest))[1]
+    )
     generate(model, asked(count=3, negative="blue"))
     assert read
     tabulated = set(modulation_names(model.transformer))  # once for the prompt, once for the negative one
@@ -135,7 +137,7 @@ def test_guidance_is_an_input_of_distilled_models_only(model, tmp_path):
     schnell, told = open_tiny(write_tiny(tmp_path, TINY_SCHNELL)), []
     with_guidance = generate(schnell, asked(guidance=8.0), Hooks(warn=told.append))[0]
     assert torch.equal(with_guidance.pixels, pixels(schnell))
-    assert told == ["Foundry Mini schnell, another size has no guidance input: guidance 8 has no effect"]
+    assert told == ["Foundry Mini schnell (another size) has no guidance input: guidance 8 has no effect"]
     assert with_guidance.settings["guidance"] is None
 
 

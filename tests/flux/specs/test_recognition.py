@@ -224,7 +224,7 @@ def test_pruned_models_are_read_by_their_depth(release, double, single):
     assert part.spec == replace(
         spec,
         name=f"{release}-variant",
-        title=f"{spec.title}, another size",
+        title=f"{spec.title} (another size)",
         double_blocks=double,
         single_blocks=single,
     )
@@ -241,9 +241,9 @@ def test_a_pruned_model_is_treated_as_what_its_name_or_the_user_says():
 
 def test_another_width_is_run_and_said():
     part = recognise_part("transformer", "flux1", module_shapes(Flux1, TINY))
-    assert part.title == "the Foundry Mini, another size diffusion model"
+    assert part.title == "the Foundry Mini (another size) diffusion model"
     assert part.spec == replace(
-        TINY, name="flux1-mini-variant", title="Foundry Mini, another size", files=part.spec.files
+        TINY, name="flux1-mini-variant", title="Foundry Mini (another size)", files=part.spec.files
     )
     assert part.runs
 

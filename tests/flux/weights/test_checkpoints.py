@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from flux.errors import FileError, MismatchError
 from flux.mini.files import MINI
-from flux.models.flux1 import Flux1
 from flux.pipelines.parts import bind_part
 from flux.weights.checkpoints import formats_of, read_parts
 from flux.weights.sources import open_checkpoint
@@ -91,4 +90,4 @@ def test_what_a_module_misses_is_named(tmp_path, change, words):
     change(shapes)
     path = write_header_only(tmp_path / "x.safetensors", shapes)
     with pytest.raises(FileError, match=words):
-        bind_part(path, "transformer", Flux1)
+        bind_part(path, "transformer")

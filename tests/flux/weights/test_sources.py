@@ -50,11 +50,9 @@ def test_a_sources_bytes_are_what_its_format_says(tmp_path, kind):
     assert expected <= source.nbytes <= expected + table + scales + padding
 
 
-@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("kind", [kind for kind, row in WRITTEN.items() if row.row.rows is not None])
 def test_some_rows_are_the_same_numbers_as_all_rows(tmp_path, kind):
     source = written(tmp_path, kind)["layer.weight"]
-    if source.format.rows is None:
-        pytest.skip("its rows cannot be told apart")
     places = torch.tensor([31, 0, 7, 7])
     picked = source.format.rows(source.stored(), source.shape, places)
     rows = source.format.decode(picked, (4, 512), torch.float32)
@@ -107,3 +105,21 @@ def test_a_checkpoint_knows_its_bytes(tmp_path):
     opened = written(tmp_path, "bf16")
     assert opened.nbytes == NUMBERS.numel() * 2 + BIAS.numel() * 4
     assert [path.name for path in opened.files] == ["layer.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "metadata", "dialect"), [
+    ("flux1-modelopt-nvfp4.safetensors", None, "nvfp4 linear"),
+    ("flux1-nvfp4-comfyui.safetensors", None, "nvfp4"),
+    ("comfy.safetensors", {"producer": "ModelOpt 0.33"}, "nvfp4 linear"),
+])  # fmt: skip
+def test_whose_nvfp4_it_is_is_told_by_metadata_then_by_the_name_where_shapes_do_not(tmp_path, name, metadata, dialect):
+    parts = {
+        "l.weight": torch.zeros(128, 32, dtype=torch.uint8),
+        "l.weight_scale": torch.ones(128, 4).to(torch.float8_e4m3fn),
+        "l.weight_scale_2": torch.tensor(1.0),
+    }
+    save_file(parts, tmp_path / name, metadata)
+    assert open_checkpoint(tmp_path / name)["l.weight"].format.name == dialect
+    save_file(parts, tmp_path / "x.safetensors")
+    with pytest.raises(FileError, match="put modelopt or comfyui into the file's name"):
+        open_checkpoint(tmp_path / "x.safetensors")

@@ -212,7 +212,7 @@ def test_fp8_that_lost_its_scale_is_refused(prefix):
 
 def test_an_nvfp4_file_that_tells_nothing_is_refused_with_both_dialects_unless_the_caller_chooses():
     tensors = nvfp4(128, 64, (128, 4))
-    refused(WEIGHT, "ComfyUI's", "ModelOpt's", "save it with comfy_quant", tensors=tensors)
+    refused(WEIGHT, "ComfyUI's", "ModelOpt's", "put modelopt or comfyui into the file's name", tensors=tensors)
     assert find(tensors, dialect="nvfp4")[WEIGHT].format is fp4.NVFP4
     assert find(tensors, dialect="nvfp4 linear")[WEIGHT].format is fp4.NVFP4_LINEAR
     with pytest.raises(ValueError, match="no dialect of nvfp4; choose one of nvfp4, nvfp4 linear"):
