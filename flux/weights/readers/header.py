@@ -37,7 +37,8 @@ MAX_NAME = 256  # characters; the longest of a FLUX model have half as many
 MAX_TENSORS = 1 << 15  # several times as many as the largest of these models, in the smallest pieces
 METADATA = "__metadata__"
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pt2"})
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare pickles
+ZIP_START = b"PK\x03\x04"  # torch's way to keep pickles
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # bare ones
 OTHER_STARTS = (  # what people have in place of a model, by a file's first bytes
     (b"GGUF", "is a GGUF file, not a safetensors file; give it a name that ends in .gguf"),
     (b"version ", "is a Git LFS pointer, not the model itself; fetch it with `git lfs pull`, or download it again"),
@@ -121,7 +122,8 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(LENGTH_BYTES)
-        _check_start(path, head, size)
+        _check_start(path, head + file.read(1), size)
+        file.seek(LENGTH_BYTES)
         length = int.from_bytes(head, "little")
         if len(head) < LENGTH_BYTES or not 2 <= length <= MAX_HEADER_BYTES:
             raise FileError(f"{path.name} ({size} bytes) is not a safetensors file; choose a .safetensors model file")
@@ -137,7 +139,7 @@ def _check_start(path: Path, head: bytes, size: int) -> None:
     """Name what is not a safetensors file by its suffix or first bytes."""
     if size == 0:
         raise FileError(f"{path.name} is empty (0 bytes); download it again")
-    if path.suffix.lower() in PICKLE_SUFFIXES or head.startswith(PICKLE_STARTS):
+    if path.suffix.lower() in PICKLE_SUFFIXES or _is_pickle(head):
         raise FileError(
             f"{path.name} is a pickle file, which can run code when it is opened, so it is refused; "
             "use the model's .safetensors release"
@@ -145,6 +147,11 @@ def _check_start(path: Path, head: bytes, size: int) -> None:
     for start, what in OTHER_STARTS:
         if head.startswith(start):
             raise FileError(f"{path.name} {what}")
+
+
+def _is_pickle(head: bytes) -> bool:
+    """Whether a file's first bytes are a pickle's; a header's length may look like one, but JSON stands behind it."""
+    return head.startswith(ZIP_START) or (head.startswith(PICKLE_STARTS) and head[LENGTH_BYTES:] != b"{")
 
 
 def _parse(path: Path, raw: bytes, room: int) -> tuple[dict[str, Any], dict[str, str]]:

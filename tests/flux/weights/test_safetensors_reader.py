@@ -147,6 +147,15 @@ def test_torch_saves_are_refused_under_any_name(tmp_path):
         SafetensorsFile(tmp_path / "zip.safetensors")
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])  # bytes 80 02 to 80 05, with which pickles begin
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    header = path.read_bytes()[8:-8].rstrip()
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + bytes(8))
+    assert list(SafetensorsFile(path)) == ["a"]
+
+
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
     with pytest.raises(MissingFileError, match="was not found"):
         SafetensorsFile(tmp_path / "none.safetensors")
