@@ -3,13 +3,14 @@
 Parameter names are those of Black Forest Labs' files. ``Flux1.forward`` is the whole; the blocks follow it.
 
 Shapes: B batch, L tokens (I image, T text, L = T + I), h hidden width, H heads, D head dimension, C latent channels.
-The joint sequence is text first, then image.
+The joint sequence is text first, then image, then references: further pictures' tokens, that the model may look at.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,9 @@ Observer = Callable[[int], None]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def rotary_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
-    """Attention (B, H, L, D) whose queries and keys are rotated by their positions."""
-    return attention(apply_rope(q, rotation), apply_rope(k, rotation), v)
+def rotary_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention (B, H, L, D) whose queries and keys are rotated by their positions, ``bias`` added to its logits."""
+    return attention(apply_rope(q, rotation), apply_rope(k, rotation), v, bias)
 
 
 class Modulations(NamedTuple):
@@ -55,17 +56,19 @@ class Modulations(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """What stays the same over a whole run: the text, and where every token is.
+    """What stays the same over a whole run: the text, where every token is, and how much it is looked at.
 
     Attributes:
-        text: T5 tokens (B, T, context width).
+        text: T5 tokens (B, T, context width), and what stands behind them as text.
         text_ids: Their positions (T, 3).
-        image_ids: Positions of the image tokens (I, 3).
+        image_ids: Positions of the image tokens (I, 3), those of references last.
+        bias: Added to the attention's logits, broadcastable to (B, H, L, L); None for nothing.
     """
 
     text: Tensor
     text_ids: Tensor
     image_ids: Tensor
+    bias: Tensor | None = None
 
 
 class Flux1(nn.Module):
@@ -90,8 +93,8 @@ class Flux1(nn.Module):
         """Predict the velocity ``noise - data``.
 
         Args:
-            image: Image tokens (B, I, input channels).
-            conditions: Text tokens and positions.
+            image: Image tokens (B, I, input channels), those of references last.
+            conditions: Text tokens, positions and bias.
             modulations: From ``modulate``, or from a table made ahead of the run.
             observe: Called with each block's index before it runs; may raise to stop.
 
@@ -102,10 +105,12 @@ class Flux1(nn.Module):
         txt: Tensor = self.txt_in(conditions.text)
         ids = torch.cat((conditions.text_ids, conditions.image_ids))
         rotation = rope(ids, self.spec.axes, self.spec.theta)
+        bias = conditions.bias
+        attend: Attend = rotary_attention if bias is None else partial(rotary_attention, bias=bias.to(img.dtype))
         for index, double in enumerate(self.double_blocks):
             if observe is not None:
                 observe(index)
-            img, txt = double(img, txt, rotation, modulations.image[index], modulations.text[index])
+            img, txt = double(img, txt, rotation, modulations.image[index], modulations.text[index], attend)
             img, txt = clamp_to_range(img), clamp_to_range(txt)
         x = torch.cat((txt, img), dim=1)
         text_length = txt.shape[1]
@@ -113,7 +118,7 @@ class Flux1(nn.Module):
         for index, single in enumerate(self.single_blocks):
             if observe is not None:
                 observe(len(self.double_blocks) + index)
-            x = clamp_to_range(single(x, rotation, modulations.single[index]))
+            x = clamp_to_range(single(x, rotation, modulations.single[index], attend))
         out: Tensor = self.final_layer(x[:, text_length:], modulations.final)
         return out
 
@@ -185,16 +190,31 @@ class Embedder(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over the head dimension with fp32 statistics and a learned scale."""
+    """RMS norm over the head dimension with fp32 statistics and a learned scale.
+
+    Attributes:
+        replacements: Other scales (D,), each with how far it takes the place of the own one; the scale that is used is
+            ``scale + sum of share * (other - scale)``. Gradients flow to them.
+    """
+
+    replacements: tuple[tuple[float, Tensor], ...] = ()
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        scale = self._replaced().to(x) if self.replacements else self.scale.to(x)
         if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), self.scale.to(x), eps=NORM_EPS)
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype) * self.scale.to(x)
+            return F.rms_norm(x, (x.shape[-1],), scale, eps=NORM_EPS)
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype) * scale
+
+    def _replaced(self) -> Tensor:
+        """Computed at use, for the own scale may come and go. A share of 1 gives the other scale to the bit."""
+        scale = self.scale * (1.0 - sum(share for share, _ in self.replacements))
+        for share, other in self.replacements:
+            scale = scale + share * other
+        return scale
 
 
 class QueryKeyNorm(nn.Module):

@@ -2,10 +2,13 @@
 
 A layer has its weight either as numbers, in ``weight``, or packed, in ``packed``; the other is then on the meta device,
 or None. Who puts it there knows storage formats; a layer only asks for numbers.
+
+A linear layer may have side branches, which add to what it puts out and leave its weight alone, however it is stored.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +17,7 @@ from torch.nn import functional as F
 
 from .linear import linear
 
-__all__ = ["Embedding", "Linear", "PackedWeight", "takes_packed"]
+__all__ = ["Embedding", "Linear", "PackedWeight", "SideBranch", "takes_packed"]
 
 
 class PackedWeight(Protocol):
@@ -34,14 +37,45 @@ class PackedWeight(Protocol):
         """``x @ weight.T + bias`` in the stored format, where there is hardware for it; None elsewhere."""
 
 
+@dataclass(eq=False)
+class SideBranch:
+    """What a layer's output gets besides: ``strength * (up @ (down @ x) + bias)``, of low rank (Hu et al. 2021, LoRA).
+
+    Gradients flow to its tensors, which are taken as they are: on the layer's device, in its inputs' dtype.
+
+    Attributes:
+        down: (r, k).
+        up: (N, r).
+        bias: (N,) or None.
+        columns: Which of the inputs' columns it takes, k in all and side by side in this order; None for all of them.
+        strength: 0 leaves it out altogether.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None = None
+    columns: tuple[slice, ...] | None = None
+    strength: float = 1.0
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """Outputs (..., N), which are written to, with what the branch makes of inputs (..., K)."""
+        if self.strength == 0:
+            return out
+        taken = x if self.columns is None else torch.cat([x[..., part] for part in self.columns], dim=-1)
+        return out.add_(linear(linear(taken, self.down), self.up, self.bias), alpha=self.strength)
+
+
 class Linear(nn.Linear):
     """``torch.nn.Linear`` by ``ops.linear``, with a weight that may be packed.
 
     Attributes:
         packed: The weight as it is stored; None where ``weight`` has its numbers.
+        branches: Added to the output one after the other. With branches, inputs may be wider than the weight, which
+            takes their first columns.
     """
 
     packed: PackedWeight | None = None
+    branches: tuple[SideBranch, ...] = ()
 
     def reset_parameters(self) -> None:
         """As torch's; nothing on the meta device, where hundreds of layers would spend most of a model's making."""
@@ -50,10 +84,23 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., N) of inputs (..., K)."""
+        if self.branches:
+            return self._with_branches(x)
         if self.packed is None:
             return linear(x, self.weight, self.bias)
-        out = self.packed.product(x, self.bias)
-        return linear(x, self.packed.numbers(x.dtype), self.bias) if out is None else out
+        return self._unpacked(x, self.packed)
+
+    def _unpacked(self, x: Tensor, packed: PackedWeight) -> Tensor:
+        out = packed.product(x, self.bias)
+        return linear(x, packed.numbers(x.dtype), self.bias) if out is None else out
+
+    def _with_branches(self, x: Tensor) -> Tensor:
+        # A copy of what is cut out, for a product of a view may differ in the last bit from one of whole inputs.
+        own = x if x.shape[-1] == self.in_features else x[..., : self.in_features].contiguous()
+        out = linear(own, self.weight, self.bias) if self.packed is None else self._unpacked(own, self.packed)
+        for branch in self.branches:
+            out = branch.add_to(out, x)
+        return out
 
 
 class Embedding(nn.Embedding):
