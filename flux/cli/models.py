@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
+from ..models.redux import Redux
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
+from ..models.vision.siglip import SiglipVision
 from ..ops.layers import on_meta
 from ..pipelines.describe import human_bytes
 from ..specs.autoencoder import AUTOENCODERS
 from ..specs.flux1 import FLUX1, Flux1Spec
 from ..specs.releases import FILE_NAMES, PAGES
 from ..specs.text import CLIP_TEXT, T5_ENCODERS
+from ..specs.vision import REDUXES, VISION_TOWERS
 from .console import say, table
 from .files import EMBEDDED
 
 __all__ = ["catalogue", "run"]
 
 BF16_BYTES = 2
-PARTS_INSIDE = ("clip-mini", "t5-mini", "flux1-mini-ae")
+PARTS_INSIDE = ("clip-mini", "t5-mini", "flux1-mini-ae", "siglip-mini", "flux1-redux-mini")
+KINDS: tuple[tuple[str, Mapping[str, Any], Callable[[Any], nn.Module]], ...] = (
+    ("CLIP text encoder", CLIP_TEXT, ClipText),
+    ("T5 text encoder", T5_ENCODERS, T5Encoder),
+    ("autoencoder", AUTOENCODERS, Autoencoder),
+    ("vision tower", VISION_TOWERS, SiglipVision),
+    ("Redux adapter", REDUXES, Redux),
+)
 INSIDE = "inside the pack"
+COMMANDS = (  # and which tasks' models they run
+    ("`generate` and `redux` take", ("draw",)),
+    ("`fill` and `outpaint` take", ("fill",)),
+    ("`control` takes", ("canny", "depth")),
+    ("`edit` takes", ("edit",)),
+)
 MILLION, BILLION = 10**6, 10**9
 
 
@@ -38,13 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
-    """Every known transformer, and every part that one of them needs."""
+    """Every known transformer, and every part that one of them needs or can use."""
     return {
         "models": [_model(spec) for spec in FLUX1.values()],
         "parts": [
-            *(_part(spec.name, "CLIP text encoder", count_parameters(ClipText, spec)) for spec in CLIP_TEXT.values()),
-            *(_part(spec.name, "T5 text encoder", count_parameters(T5Encoder, spec)) for spec in T5_ENCODERS.values()),
-            *(_part(spec.name, "autoencoder", count_parameters(Autoencoder, spec)) for spec in AUTOENCODERS.values()),
+            _part(name, kind, count_parameters(build, spec))
+            for kind, specs, build in KINDS
+            for name, spec in specs.items()
         ],
     }
 
@@ -68,6 +84,7 @@ def _model(spec: Flux1Spec) -> dict[str, Any]:
         "guidance": spec.guidance,
         "text_encoders": list(spec.text_encoders),
         "autoencoder": spec.autoencoder,
+        "task": spec.task,
         "draws_from_text": spec.in_channels == spec.out_channels,
         "licence": spec.licence,
     }
@@ -110,14 +127,17 @@ def _as_text(facts: dict[str, list[dict[str, Any]]]) -> str:
         )
         for row in facts["parts"]
     ]
-    editors = [row["name"] for row in facts["models"] if not row["draws_from_text"]]
+    taken = [
+        f"{command} {', '.join(row['name'] for row in facts['models'] if row['task'] in tasks)}"
+        for command, tasks in COMMANDS
+    ]
     return "\n".join(
         (
             *table(("MODEL", "FILE", "SIZE", "BF16", "STEPS", "GUIDANCE", "NEEDS", "LICENCE"), models),
             "",
             *table(("PART", "FILE", "SIZE", "BF16", "KIND", "FROM"), parts),
             "",
-            f"{', '.join(editors)} edit or follow a picture; `generate` draws from text and does not run them.",
+            *taken,
             "Real models also need tokenizers: CLIP's vocab.json and merges.txt, and T5's tokenizer.json "
             f"(the folders tokenizer and tokenizer_2 of {PAGES['tokenizers']}).",
         )

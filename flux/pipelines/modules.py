@@ -10,12 +10,15 @@ from torch import nn
 
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
+from ..models.redux import Redux
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
+from ..models.vision.siglip import SiglipVision
 from ..ops.layers import on_meta
 from ..specs.autoencoder import AUTOENCODERS, AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
+from ..specs.vision import ReduxSpec, SiglipSpec
 
 __all__ = ["build_of", "parameter_shapes"]
 
@@ -23,6 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 BUILDS: dict[type, Callable[[Any], nn.Module]] = {
     Flux1Spec: Flux1, AutoencoderSpec: Autoencoder, ClipTextSpec: ClipText, T5Spec: T5Encoder,
+    SiglipSpec: SiglipVision, ReduxSpec: Redux,
 }  # fmt: skip
 REMEMBERED = 64
 

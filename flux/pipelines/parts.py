@@ -1,4 +1,4 @@
-"""The parts of a run, bound to their files: transformer, text encoders, autoencoder.
+"""The parts of a run, bound to their files: transformer, text encoders, autoencoder, vision tower, Redux adapter.
 
 Opening a part reads headers only; its weights come when a stage needs them and go when it is over.
 """
@@ -18,15 +18,18 @@ from ..memory.available import available_bytes
 from ..memory.residency import Residency, Watch
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
+from ..models.redux import Redux
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
+from ..models.vision.siglip import SiglipVision
 from ..ops.dtypes import compute_dtype, fast_dtype
 from ..ops.layers import on_meta
 from ..specs.autoencoder import AutoencoderSpec
-from ..specs.fit import Given, check_fit, check_kind, faults_between
+from ..specs.fit import Given, check_fit, check_kind, check_redux, faults_between, redux_faults
 from ..specs.flux1 import Flux1Spec
 from ..specs.recognition import Recognised, titles_of
 from ..specs.text import ClipTextSpec, T5Spec
+from ..specs.vision import ReduxSpec, SiglipSpec
 from ..weights.binding import Binding, bind
 from ..weights.checkpoints import FilePart, read_parts
 from ..weights.sources import Checkpoint, open_checkpoint
@@ -34,8 +37,8 @@ from .library import given_files, model_files_in
 from .modules import build_of
 
 __all__ = [
-    "KEEPS", "BoundPart", "Part", "bind_part", "check_beside", "find_part", "open_autoencoder", "open_clip", "open_t5",
-    "open_transformer",
+    "KEEPS", "BoundPart", "Part", "bind_part", "check_beside", "check_redux_beside", "find_part", "joined",
+    "open_autoencoder", "open_clip", "open_redux", "open_t5", "open_transformer", "open_vision",
 ]  # fmt: skip
 
 Spec = TypeVar("Spec")
@@ -126,6 +129,16 @@ def open_t5(
     return _open(path, "t5", device, dtype, keep=keep)
 
 
+def open_vision(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Part[SiglipSpec, SiglipVision]:
+    """Open the file of a vision tower, or a model that has one in it; see ``open_transformer``."""
+    return _open(path, "vision", device, dtype)
+
+
+def open_redux(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Part[ReduxSpec, Redux]:
+    """Open a Redux adapter file; see ``open_transformer``."""
+    return _open(path, "redux", device, dtype)
+
+
 @dataclass(frozen=True)
 class BoundPart:
     """One part of a file, every parameter of its module bound to what it is made of.
@@ -158,7 +171,7 @@ def bind_part(
 
     Args:
         path: See ``open_transformer``.
-        kind: "transformer", "autoencoder", "clip" or "t5".
+        kind: "transformer", "autoencoder", "clip", "t5", "vision" or "redux".
         variant: See ``open_transformer``.
         candidates: Asked, where the file is something else, for the user's files, of which those that fit are named;
             those beside it when None.
@@ -201,8 +214,24 @@ def check_beside(transformer: Given, others: Sequence[Given]) -> None:
         MismatchError: One of ``others`` does not fit.
     """
     if faults_between(transformer, others):
-        folders = dict.fromkeys(own.path.parent for own in (transformer, *others))
-        check_fit(transformer, others, given_files(path for folder in folders for path in model_files_in(folder)))
+        check_fit(transformer, others, _beside(transformer, *others))
+
+
+def check_redux_beside(redux: Given, tower: Given | None, transformer: Given | None = None) -> None:
+    """``check_redux``, with what lies in the folders of these files as candidates.
+
+    Raises:
+        MismatchError: One does not fit the other, or the tower is missing.
+    """
+    if redux_faults(redux, tower, transformer):
+        given = [own for own in (redux, tower, transformer) if own is not None]
+        check_redux(redux, tower, transformer, _beside(*given))
+
+
+def _beside(*given: Given) -> list[Given]:
+    """What lies in the folders of files."""
+    folders = dict.fromkeys(own.path.parent for own in given)
+    return given_files(path for folder in folders for path in model_files_in(folder))
 
 
 def joined(found: Sequence[Recognised]) -> Recognised:

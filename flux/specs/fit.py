@@ -17,8 +17,9 @@ from .foreign import LANGUAGE_MODELS, model_title
 from .recognition import Recognised, TransformerSpec
 from .releases import PART_TITLES, where_to_get
 from .text import CLIP_TEXT, T5_ENCODERS, ClipTextSpec, T5Spec
+from .vision import REDUXES, VISION_TOWERS, ReduxSpec, SiglipSpec
 
-__all__ = ["Given", "check_fit", "check_kind", "faults_between"]
+__all__ = ["Given", "check_fit", "check_kind", "check_redux", "faults_between", "redux_faults"]
 
 SHOWN = 5  # files that a message lists
 KIND_TITLES = {
@@ -26,8 +27,17 @@ KIND_TITLES = {
     "autoencoder": "a FLUX.1 autoencoder (VAE)",
     "clip": "a CLIP-L text encoder",
     "t5": "a T5 text encoder",
+    "vision": "a vision tower that a Redux adapter takes",
+    "redux": "a Redux adapter",
 }
-USUAL = {"transformer": "flux1-dev", "autoencoder": "flux1-ae", "clip": "clip-l", "t5": "t5xxl"}  # of each kind
+USUAL = {  # of each kind
+    "transformer": "flux1-dev",
+    "autoencoder": "flux1-ae",
+    "clip": "clip-l",
+    "t5": "t5xxl",
+    "vision": "siglip-so400m-384",
+    "redux": "flux1-redux-dev",
+}
 ENCODERS = ("clip", "t5", "text-encoder")
 ADAPTERS = ("lora", "controlnet", "ip-adapter", "redux")
 LAYERS_TAKEN = 3  # of a language model, side by side, are FLUX.2's text tokens
@@ -36,6 +46,8 @@ WIDTHS: dict[str, int] = {  # of what parts put out: hidden states, or latent ch
     **{name: spec.width for name, spec in T5_ENCODERS.items()},
     **{name: row.width for name, row in LANGUAGE_MODELS.items()},
     **{name: spec.latent_channels for name, spec in RECOGNISED_AUTOENCODERS.items()},
+    **{name: spec.width for name, spec in VISION_TOWERS.items()},
+    **{name: spec.text_width for name, spec in REDUXES.items()},
 }
 
 
@@ -65,10 +77,10 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Fault:
-    """One file that does not fit the transformer.
+    """One file that does not fit.
 
     Attributes:
-        given: The file.
+        given: The file, or the one beside which another is missing.
         text: Both files and why, as a sentence.
         roles: That a file in its place may have.
         remedy: What to get when none of the user's files fits, as a phrase.
@@ -106,7 +118,7 @@ def check_kind(given: Given, wanted_kind: str, candidates: Sequence[Given] = ())
 
     Args:
         given: The file.
-        wanted_kind: "transformer", "autoencoder", "clip" or "t5".
+        wanted_kind: "transformer", "autoencoder", "clip", "t5", "vision" or "redux".
         candidates: The user's files, of which those that are such a part are named.
 
     Raises:
@@ -118,6 +130,63 @@ def check_kind(given: Given, wanted_kind: str, candidates: Sequence[Given] = ())
     way_out = f"of your files these fit: {fitting}" if fitting else _usual(wanted_kind)
     idle = ", which this version does not run yet" if given.found.spec is not None and not given.found.runs else ""
     raise MismatchError(f"{given}{idle}, but {KIND_TITLES[wanted_kind]} is needed here; {way_out}")
+
+
+def redux_faults(redux: Given, tower: Given | None, transformer: Given | None = None) -> list[str]:
+    """Why a Redux adapter cannot be used so, a sentence each; empty when all fits. See ``check_redux``."""
+    fault = _tower_fault(redux, tower)
+    told = [] if fault is None else [fault.text]
+    return told + ([] if transformer is None else faults_between(transformer, [redux]))
+
+
+def check_redux(
+    redux: Given, tower: Given | None, transformer: Given | None = None, candidates: Sequence[Given] = ()
+) -> None:
+    """Refuse a Redux adapter without the vision tower that it takes, or for a transformer of other text tokens.
+
+    Args:
+        redux: The adapter.
+        tower: What is to see for it; None for nothing.
+        transformer: What its tokens are for, if that is known.
+        candidates: The user's files, of which those that fit are named.
+
+    Raises:
+        MismatchError: One does not fit the other, or the tower is missing.
+    """
+    fault = _tower_fault(redux, tower)
+    told = [] if fault is None else [f"{fault.text}; {_tower_way_out(redux, fault, candidates)}"]
+    if transformer is not None:
+        told += [f"{own.text}; {_way_out(transformer, own, candidates)}" for own in _faults(transformer, [redux])]
+    if told:
+        raise MismatchError("; ".join(told))
+
+
+def _tower_fault(redux: Given, tower: Given | None) -> _Fault | None:
+    """Why a vision tower does not fit a Redux adapter; None where it does."""
+    spec = redux.found.spec
+    if not isinstance(spec, ReduxSpec):
+        return _Fault(redux, f"{redux}, but {KIND_TITLES['redux']} is needed here", ("redux",), _usual("redux"))
+    place = _Place(spec.tower, spec.vision_width)
+    title, get = PART_TITLES[spec.tower], f"get {where_to_get(spec.tower)}"
+    if tower is None:
+        return _Fault(redux, f"{redux}, which needs {title}, and there is none", ("vision",), get)
+    offered = _offered(tower.found)
+    if tower.found.kind == "vision" and offered == place:
+        return None
+    is_known = tower.found.role == "vision" and offered.width not in (0, place.width)
+    widths = f": {place.width} wide, not {offered.width}" if is_known else ""
+    return _Fault(tower, f"{tower}, but {redux}, which takes {title}{widths}", ("vision",), get)
+
+
+def _tower_way_out(redux: Given, fault: _Fault, candidates: Sequence[Given]) -> str:
+    """Which of the user's files to take instead, else what to get; and which adapter the refused tower goes with."""
+    if isinstance(redux.found.spec, ReduxSpec):
+        fitting = _listed(own for own in candidates if _tower_fault(redux, own) is None)
+    else:
+        fitting = _listed(own for own in candidates if _is(own, "redux"))
+    goes_with = _listed(own for own in candidates if _tower_fault(own, fault.given) is None)
+    way_out = f"of your files these fit: {fitting}" if fitting else fault.remedy
+    return way_out + (f" ({fault.given.name} goes with {goes_with})" if goes_with else "")
 
 
 def _usual(kind: str) -> str:
@@ -154,7 +223,7 @@ def _places(spec: TransformerSpec) -> dict[str, _Place]:
 def _offered(found: Recognised) -> _Place:
     """What a part is and puts out; without name or width where they are not known."""
     spec = found.spec
-    if isinstance(spec, (ClipTextSpec, T5Spec)):
+    if isinstance(spec, (ClipTextSpec, T5Spec, SiglipSpec)):
         return _Place(spec.name, spec.width)
     if isinstance(spec, AutoencoderSpec):
         return _Place(spec.name, spec.latent_channels)
@@ -193,18 +262,27 @@ def _has_release(place: _Place) -> bool:
 
 def _adapter_fault(transformer: Given, spec: TransformerSpec, other: Given) -> _Fault | None:
     """Why an adapter was made for another model; None for what fits, as far as is known, or is something else."""
-    foreign = other.found.foreign
-    if foreign is None or foreign.role not in ADAPTERS:
+    role, made_for = other.found.role, _made_for(other.found)
+    if role not in ADAPTERS or made_for is None:
         return None
     family = "flux2" if isinstance(spec, Flux2Spec) else "flux1"
-    width = spec.context_width if foreign.role == "redux" else spec.hidden
-    if foreign.family in ("", family) and foreign.width in (0, width):
+    width = spec.context_width if role == "redux" else spec.hidden
+    own_family, own_width = made_for
+    same_family = own_family in ("", family)
+    if same_family and own_width in (0, width):
         return None
-    tokens = "text tokens" if foreign.role == "redux" else "tokens"
-    same_family = foreign.family in ("", family)
-    reason = f", whose {tokens} are {width} wide, not {foreign.width}" if same_family else ""
-    remedy = f"choose one that was made for {model_title(spec)}, or leave it out"
-    return _Fault(other, f"{other}, but {transformer}{reason}", (foreign.role,), remedy)
+    tokens = "text tokens" if role == "redux" else "tokens"
+    reason = f", whose {tokens} are {width} wide, not {own_width}" if same_family else ""
+    usual = [row.name for row in REDUXES.values() if role == "redux" and (family, width) == ("flux1", row.text_width)]
+    choose = f"get {where_to_get(usual[0])}" if usual else f"choose one that was made for {model_title(spec)}"
+    return _Fault(other, f"{other}, but {transformer}{reason}", (role,), f"{choose}, or leave it out")
+
+
+def _made_for(found: Recognised) -> tuple[str, int] | None:
+    """The family that an adapter was made for, empty where nothing tells, and the width of its tokens, 0 likewise."""
+    if isinstance(found.spec, ReduxSpec):
+        return "flux1", found.spec.text_width
+    return None if found.foreign is None else (found.foreign.family, found.foreign.width)
 
 
 def _way_out(transformer: Given, fault: _Fault, candidates: Sequence[Given]) -> str:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 from ..errors import MismatchError
 
-__all__ = ["FLUX1", "Flux1Spec", "check_draws"]
+__all__ = ["FLUX1", "TASKS", "Flux1Spec", "check_draws"]
+
+TASKS = ("draw", "fill", "canny", "depth", "edit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,7 @@ class Flux1Spec:
 
     Attributes:
         title: What people call it.
+        task: What it was trained to do, one of ``TASKS``.
         in_channels: Channels of an input token: 64 for the noisy latent, more for Fill and control models.
         out_channels: Channels of an output token, a 2x2 patch of the latent.
         context_width: Of the T5 tokens.
@@ -43,6 +46,7 @@ class Flux1Spec:
 
     name: str
     title: str
+    task: str = "draw"
     in_channels: int = 64
     out_channels: int = 64
     context_width: int = 4096
@@ -96,12 +100,18 @@ SCHNELL = replace(
 )
 KREA = replace(DEV, name="flux1-krea-dev", title="FLUX.1 Krea [dev]", files=("flux1-krea-dev.safetensors",))
 KONTEXT = replace(
-    DEV, name="flux1-kontext-dev", title="FLUX.1 Kontext [dev]", guidance=2.5, files=("flux1-kontext-dev.safetensors",)
+    DEV,
+    name="flux1-kontext-dev",
+    title="FLUX.1 Kontext [dev]",
+    task="edit",
+    guidance=2.5,
+    files=("flux1-kontext-dev.safetensors",),
 )
 FILL = replace(
     DEV,
     name="flux1-fill-dev",
     title="FLUX.1 Fill [dev]",
+    task="fill",
     in_channels=384,
     steps=50,
     guidance=30.0,
@@ -111,13 +121,19 @@ CANNY = replace(
     DEV,
     name="flux1-canny-dev",
     title="FLUX.1 Canny [dev]",
+    task="canny",
     in_channels=128,
     steps=50,
     guidance=30.0,
     files=("flux1-canny-dev.safetensors",),
 )
 DEPTH = replace(
-    CANNY, name="flux1-depth-dev", title="FLUX.1 Depth [dev]", guidance=10.0, files=("flux1-depth-dev.safetensors",)
+    CANNY,
+    name="flux1-depth-dev",
+    title="FLUX.1 Depth [dev]",
+    task="depth",
+    guidance=10.0,
+    files=("flux1-depth-dev.safetensors",),
 )
 MINI = replace(
     DEV,
@@ -148,6 +164,36 @@ MINI_SCHNELL = replace(
     guidance=None,
     files=("flux1-mini-schnell.safetensors",),
 )
+FILL_MINI = replace(
+    MINI,
+    name="flux1-fill-mini",
+    title="Foundry Mini Fill",
+    task="fill",
+    in_channels=384,
+    files=("flux1-fill-mini.gguf",),
+)
+CANNY_MINI = replace(
+    MINI,
+    name="flux1-canny-mini",
+    title="Foundry Mini Canny",
+    task="canny",
+    in_channels=128,
+    files=("flux1-canny-mini.gguf",),
+)
+DEPTH_MINI = replace(
+    CANNY_MINI,
+    name="flux1-depth-mini",
+    title="Foundry Mini Depth",
+    task="depth",
+    files=("flux1-depth-mini.gguf",),
+)
+KONTEXT_MINI = replace(
+    MINI,
+    name="flux1-kontext-mini",
+    title="Foundry Mini Kontext",
+    task="edit",
+    files=("flux1-kontext-mini.gguf",),
+)
 
 
 def check_draws(spec: Flux1Spec) -> None:
@@ -164,5 +210,9 @@ def check_draws(spec: Flux1Spec) -> None:
 
 
 FLUX1: dict[str, Flux1Spec] = {
-    spec.name: spec for spec in (SCHNELL, DEV, KREA, FILL, DEPTH, CANNY, KONTEXT, MINI, MINI_SCHNELL)
-}
+    spec.name: spec
+    for spec in (
+        SCHNELL, DEV, KREA, FILL, DEPTH, CANNY, KONTEXT,
+        MINI, MINI_SCHNELL, FILL_MINI, CANNY_MINI, DEPTH_MINI, KONTEXT_MINI,
+    )
+}  # fmt: skip

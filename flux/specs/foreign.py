@@ -222,9 +222,8 @@ def _redux(names: _Names) -> Foreign | None:
     down = names.ending("redux_down.weight")
     if not down and not names.has("redux_up.weight"):
         return None
-    return Foreign(
-        role="redux", title="the Redux adapter (image prompts) for FLUX.1", family="flux1", width=names.side(down)
-    )
+    title = f"some tensors of a Redux adapter{SHARD}"  # a whole one has a layout
+    return Foreign(role="redux", title=title, family="flux1", width=names.side(down))
 
 
 STABLE_DIFFUSION_CONTROL = ("control_model.", "controlnet_cond_embedding.", "controlnet_down_blocks.", "lllite_")
@@ -416,21 +415,30 @@ def _model(names: _Names) -> Foreign | None:
 
 
 def _vision(names: _Names) -> Foreign | None:
-    if not names.has("vision_model.encoder.layers.0."):
+    """A vision tower that is not SigLIP's in Hugging Face's names: that has a layout, unless tensors are lost."""
+    if names.has(*TIMM_TOWERS):
+        title = "a SigLIP vision tower in OpenCLIP's layout, which this version does not read"
+        return Foreign(role="vision", title=title)
+    if names.has(*OPEN_CLIP_TOWERS) and not names.has("token_embedding."):
+        return Foreign(role="vision", title="a CLIP vision tower in OpenCLIP's layout")
+    is_clip = names.has(*CLIP_TOWERS)
+    if not is_clip and not names.has("vision_model.encoder.layers."):
         return None
-    layers = max(names.numbers(VISION_NUMBER), default=0) + 1
-    width = names.side(names.ending("vision_model.post_layernorm.weight"))
-    kind = "CLIP" if names.has("vision_model.embeddings.class_embedding") else "SigLIP"
-    title = VISION_MODELS.get((kind, width, layers), f"a {kind} vision model of width {width} with {layers} layers")
+    norm = names.ending("vision_model.post_layernorm.weight") or names.ending("\npost_layernorm.weight")
+    width, layers = names.side(norm), max(names.numbers(VISION_NUMBER), default=0) + 1
+    if not is_clip:
+        return Foreign(role="vision", title=f"some tensors of a SigLIP vision tower{SHARD}", width=width)
+    title = CLIP_VISION.get((width, layers), f"a CLIP vision tower of width {width} with {layers} layers")
     return Foreign(role="vision", title=title, width=width)
 
 
-VISION_NUMBER = re.compile(r"vision_model\.encoder\.layers\.(\d{1,4})\.")
-VISION_MODELS = {
-    ("SigLIP", 1152, 27): "the SigLIP so400m vision model, which Redux needs",
-    ("CLIP", 1024, 24): "the CLIP-L vision model, which XLabs' IP-Adapter needs",
-    ("CLIP", 1280, 32): "the CLIP-H vision model",
-    ("CLIP", 1664, 48): "the CLIP-G vision model",
+TIMM_TOWERS, OPEN_CLIP_TOWERS = ("visual.trunk.blocks.0.",), ("visual.transformer.resblocks.0.",)
+CLIP_TOWERS = ("vision_model.embeddings.class_embedding", "\nembeddings.class_embedding", "pre_layrnorm.")
+VISION_NUMBER = re.compile(r"(?:vision_model\.|\n)encoder\.layers\.(\d{1,4})\.")
+CLIP_VISION = {  # by width and layers
+    (1024, 24): "the CLIP-L vision tower, which XLabs' IP-Adapter needs",
+    (1280, 32): "the CLIP-H vision tower",
+    (1664, 48): "the CLIP-G vision tower",
 }
 FLUX2_LATENT = 32
 VIDEO_RANK = 5  # sides of a convolution's weight over time, rows and columns

@@ -1,13 +1,14 @@
 """What a part of a file is, from the shapes of its tensors under our names, and what shapes leave open.
 
 Sizes, depth, input channels and guidance are read off the shapes and compared with the rows of ``flux1``, ``flux2``,
-``autoencoder`` and ``text``. What shapes cannot tell comes from the user's word, then from metadata, then from the
-file's name, then it is the usual one; notes say what was assumed.
+``autoencoder``, ``text`` and ``vision``. What shapes cannot tell comes from the user's word, then from metadata, then
+from the file's name, then it is the usual one; notes say what was assumed.
 
 Some formats store weights with rows and columns filled up to whole blocks of 16 or 32, and their shapes may come with
-the filling. All sides that are compared with a release's are multiples of 32, so that nothing was filled there. For
-models of other sizes the width of the token stream and rows of layers are read off biases, which are never packed;
-FLUX.2 has none, and there the width is cut to whole heads of 128, of which any quarter is a multiple of 32 again.
+the filling. All sides of matrices that are compared with a release's are multiples of 32, so that nothing was filled
+there. For models of other sizes the width of the token stream and rows of layers are read off biases, which are never
+packed; FLUX.2 has none, and there the width is cut to whole heads of 128, of which any quarter is a multiple of 32
+again.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from .flux2 import FLUX2, Flux2Spec
 from .foreign import Foreign, HasShape, find_foreign
 from .releases import PART_TITLES
 from .text import CLIP_TEXT, T5_ENCODERS, ClipTextSpec, T5Spec
+from .vision import REDUXES, VISION_TOWERS, ReduxSpec, SiglipSpec
 
 __all__ = ["AnySpec", "Recognised", "TransformerSpec", "recognise_foreign", "recognise_part", "titles_of"]
 
 TransformerSpec = Flux1Spec | Flux2Spec
-AnySpec = TransformerSpec | AutoencoderSpec | ClipTextSpec | T5Spec
+AnySpec = TransformerSpec | AutoencoderSpec | ClipTextSpec | T5Spec | SiglipSpec | ReduxSpec
 Shapes = Mapping[str, tuple[int, ...]]
 Value = int | float | bool
 Fields = dict[str, Value]
@@ -39,7 +41,7 @@ class Recognised:
     """What was found.
 
     Attributes:
-        kind: "transformer", "autoencoder", "clip", "t5", or "foreign".
+        kind: "transformer", "autoencoder", "clip", "t5", "vision", "redux", or "foreign".
         title: For people, with an article.
         spec: None for what is foreign.
         notes: What was assumed and why, and what else to know.
@@ -98,7 +100,7 @@ def recognise_part(
     """What a part is.
 
     Args:
-        part: "transformer", "autoencoder", "clip" or "t5".
+        part: "transformer", "autoencoder", "clip", "t5", "vision" or "redux".
         family: "flux1" or "flux2", by its layout's names; "" to tell it by the shapes.
         shapes: Of its tensors, unpacked, under our names without prefix. Missing ones never raise.
         file_name: Where it was found, for hints and messages.
@@ -343,8 +345,9 @@ def _nearest(family: _Family, fields: Fields) -> list[TransformerSpec]:
 
 # What shapes cannot tell.
 
+TITLE_KEY = "modelspec.title"
 METADATA_KEYS = (
-    "modelspec.title", "modelspec.architecture", "general.name", "general.basename", "general.finetune",
+    TITLE_KEY, "modelspec.architecture", "general.name", "general.basename", "general.finetune",
 )  # fmt: skip
 WORDS = {  # of specs' names, and how people write them in texts of small letters
     "kontext": re.compile("kontext"),
@@ -364,6 +367,9 @@ def _choose(
         return fitting[0], ()
     if chosen is not None:
         return chosen, (f"taken for {chosen.title}, as it was chosen; {_others(fitting, chosen)}",)
+    titled = [row for row in fitting if row.title == hints.metadata.get(TITLE_KEY)]
+    if titled:
+        return titled[0], ()
     for source, text in _texts(hints):
         spec = _by_word(fitting, text)
         if spec is not None:
@@ -470,7 +476,7 @@ def _clip(shapes: Shapes, hints: _Hints) -> Recognised:
         if not gap and (spec.width, spec.layers) == (width, layers) and positions in (0, spec.positions):
             return Recognised("clip", PART_TITLES[spec.name], spec)
     title = f"a CLIP text encoder of width {width} with {layers} layers and {positions} positions"
-    return _unknown_encoder("clip", title, width, gap)
+    return _unknown_part("clip", title, width, gap)
 
 
 def _t5(shapes: Shapes, hints: _Hints) -> Recognised:
@@ -481,12 +487,71 @@ def _t5(shapes: Shapes, hints: _Hints) -> Recognised:
     for spec in T5_ENCODERS.values():
         if not gap and (spec.width, spec.layers, spec.vocabulary) == (width, layers, words):
             return Recognised("t5", PART_TITLES[spec.name], spec)
-    return _unknown_encoder("t5", f"a T5 encoder of width {width} with {layers} layers and {words} words", width, gap)
+    return _unknown_part("t5", f"a T5 encoder of width {width} with {layers} layers and {words} words", width, gap)
 
 
-def _unknown_encoder(role: str, title: str, width: int, gap: str) -> Recognised:
-    reason = f"which is not whole: {gap} is missing" if gap else "which FLUX.1 does not use"
+def _unknown_part(
+    role: str, title: str, width: int, gap: str, otherwise: str = "which FLUX.1 does not use"
+) -> Recognised:
+    reason = f"which is not whole: {gap} is missing" if gap else otherwise
     return _foreign(Foreign(role=role, title=f"{title}, {reason}", width=width))
 
 
-PARTS: dict[str, Callable[[Shapes, _Hints], Recognised]] = {"autoencoder": _autoencoder, "clip": _clip, "t5": _t5}
+# Vision towers, and the adapter behind them.
+
+TOWER = "vision_model."
+COLOURS = 3
+NAFLEX_SIDES = 2  # of the first layer's weight, which is a matrix there and a convolution's elsewhere
+SIGLIP_SIZES = {  # by width and layers
+    (768, 12): "base",
+    (1024, 24): "large",
+    (1152, 27): "so400m",
+    (1536, 40): "giant",
+}
+SECOND_SIGLIP = re.compile(r"siglip[ _-]?v?2")
+
+
+def _vision(shapes: Shapes, hints: _Hints) -> Recognised:
+    width, layers = _side(shapes, f"{TOWER}post_layernorm.weight"), len(_numbers(shapes, f"{TOWER}encoder.layers."))
+    patches = shapes.get(f"{TOWER}embeddings.patch_embedding.weight", ())
+    places = _side(shapes, f"{TOWER}embeddings.position_embedding.weight")
+    told = {
+        "mlp_width": _rows(shapes, f"{TOWER}encoder.layers.0.mlp.fc1"),
+        "patch": _side(shapes, f"{TOWER}embeddings.patch_embedding.weight", 2),
+        "grid": math.isqrt(places),  # rows that fill up a block make no whole row of patches
+    }
+    gap, is_naflex = _gap(shapes, [f"{TOWER}encoder.layers."]), len(patches) == NAFLEX_SIDES
+    for spec in VISION_TOWERS.values():
+        differing = [name for name, value in told.items() if value and getattr(spec, name) != value]
+        if not (gap or is_naflex or differing) and (spec.width, spec.layers) == (width, layers):
+            return Recognised("vision", PART_TITLES[spec.name], spec, _second_siglip(hints))
+    size = SIGLIP_SIZES.get((width, layers))
+    if size is None or gap:
+        title = f"a SigLIP vision tower of width {width} with {layers} layers"
+        return _unknown_part("vision", title, width, gap, "which no Redux adapter takes")
+    if is_naflex:
+        title = f"the SigLIP 2 {size} vision tower (NaFlex, patch {math.isqrt(patches[1] // COLOURS)})"
+    else:
+        title = f"the SigLIP {size} vision tower (patch {told['patch']}, {told['grid'] * told['patch']} pixels)"
+    return _foreign(Foreign(role="vision", title=title, width=width))
+
+
+def _second_siglip(hints: _Hints) -> tuple[str, ...]:
+    """A note where the name tells of SigLIP 2, one of whose towers has the sizes of the one that Redux takes."""
+    if SECOND_SIGLIP.search(hints.file_name.lower()):
+        return ("by its name it is SigLIP 2's, whose tensors look the same, and with which Redux was not trained",)
+    return ()
+
+
+def _redux(shapes: Shapes, hints: _Hints) -> Recognised:
+    vision_width, text_width = _side(shapes, "redux_up.weight", 1), _rows(shapes, "redux_down")
+    for spec in REDUXES.values():
+        if (spec.vision_width, spec.text_width) == (vision_width, text_width):
+            return Recognised("redux", PART_TITLES[spec.name], spec)
+    title = f"a Redux adapter from vision tokens of width {vision_width} to text tokens of width {text_width}"
+    return _foreign(Foreign(role="redux", title=title, family="flux1", width=text_width))
+
+
+PARTS: dict[str, Callable[[Shapes, _Hints], Recognised]] = {
+    "autoencoder": _autoencoder, "clip": _clip, "t5": _t5, "vision": _vision, "redux": _redux,
+}  # fmt: skip

@@ -1,6 +1,6 @@
 """Where the parts of a model are found: what people call each, the names that its files go by, and who offers them.
 
-Keys are the names of specs: those of transformers, of autoencoders and of text encoders.
+Keys are the names of specs: those of transformers, of autoencoders, of text encoders, of vision towers and of Redux.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ PART_TITLES: dict[str, str] = {
     "clip-mini": "Foundry Mini's CLIP text encoder",
     "t5-mini": "Foundry Mini's T5 text encoder",
     "flux1-mini-ae": "Foundry Mini's autoencoder (VAE)",
+    "siglip-so400m-384": "the SigLIP so400m vision tower (patch 14, 384 pixels)",
+    "siglip-mini": "Foundry Mini's SigLIP vision tower",
+    "flux1-redux-dev": "the FLUX.1 Redux [dev] adapter (image prompts)",
+    "flux1-redux-mini": "Foundry Mini's Redux adapter (image prompts)",
     "flux2-vae": "the FLUX.2 autoencoder (VAE)",
     "mistral-small-24b": "the Mistral Small 24B text encoder",
     "qwen3-4b": "the Qwen3 4B text encoder",
@@ -29,6 +33,10 @@ FILE_NAMES: dict[str, tuple[str, ...]] = {  # of each part, the names that its r
     "clip-mini": ("clip.safetensors",),
     "t5-mini": ("t5.safetensors",),
     "flux1-mini-ae": ("ae.safetensors",),
+    "siglip-so400m-384": ("sigclip_vision_patch14_384.safetensors",),
+    "siglip-mini": ("siglip-mini.safetensors",),
+    "flux1-redux-dev": ("flux1-redux-dev.safetensors",),
+    "flux1-redux-mini": ("flux1-redux-mini.safetensors",),
 }
 FLUX2_FILE_NAMES: dict[str, tuple[str, ...]] = {  # of the parts that are recognised, and not run yet
     "flux2-vae": ("flux2-vae.safetensors",),
@@ -41,6 +49,8 @@ PAGES: dict[str, str] = {
     "clip-l": HUB + "comfyanonymous/flux_text_encoders",
     "t5xxl": HUB + "comfyanonymous/flux_text_encoders",
     "flux1-ae": HUB + "black-forest-labs/FLUX.1-schnell",
+    "siglip-so400m-384": HUB + "Comfy-Org/sigclip_vision_384",
+    "flux1-redux-dev": HUB + "black-forest-labs/FLUX.1-Redux-dev",
     "tokenizers": HUB + "black-forest-labs/FLUX.1-schnell",
     "flux2-vae": HUB + "Comfy-Org/flux2-dev",
     "mistral-small-24b": HUB + "Comfy-Org/flux2-dev",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["REDUX", "SIGLIP_SO400M", "VISION_TOWERS", "ReduxSpec", "SiglipSpec"]
+__all__ = ["REDUX", "REDUXES", "REDUX_MINI", "SIGLIP_MINI", "SIGLIP_SO400M", "VISION_TOWERS", "ReduxSpec", "SiglipSpec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,4 +52,7 @@ SIGLIP_SO400M = SiglipSpec(
     name="siglip-so400m-384", width=1152, layers=27, heads=16, mlp_width=4304, patch=14, side=384
 )
 REDUX = ReduxSpec(name="flux1-redux-dev", vision_width=1152, text_width=4096, tower="siglip-so400m-384")
-VISION_TOWERS: dict[str, SiglipSpec] = {spec.name: spec for spec in (SIGLIP_SO400M,)}
+SIGLIP_MINI = SiglipSpec(name="siglip-mini", width=128, layers=4, heads=2, mlp_width=384, patch=14, side=126)
+REDUX_MINI = ReduxSpec(name="flux1-redux-mini", vision_width=128, text_width=192, tower="siglip-mini")
+VISION_TOWERS: dict[str, SiglipSpec] = {spec.name: spec for spec in (SIGLIP_SO400M, SIGLIP_MINI)}
+REDUXES: dict[str, ReduxSpec] = {spec.name: spec for spec in (REDUX, REDUX_MINI)}

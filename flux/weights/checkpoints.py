@@ -19,6 +19,9 @@ __all__ = ["Expected", "FilePart", "formats_of", "read_parts"]
 
 Expected = Callable[[Any], Shapes | None]
 
+LANGUAGE_MODEL = "text-encoder"  # its role
+ENCODERS = ("clip", "t5", "vision")
+
 
 @dataclass(frozen=True)
 class FilePart:
@@ -69,10 +72,12 @@ def read_parts(checkpoint: Checkpoint, variant: str | None = None, expected: Exp
     foreign = recognise_foreign(checkpoint)
     if foreign is None:
         return parts
+    if foreign.role == LANGUAGE_MODEL:  # which may have a vision tower
+        return [FilePart(foreign), *parts]
     if not foreign.is_model:
         return parts or [FilePart(foreign)]
     # Another family's own autoencoder may have FLUX.1's shapes (Stable Diffusion 3's), but not its meaning.
-    return [FilePart(foreign), *(part for part in parts if part.kind in ("clip", "t5"))]
+    return [FilePart(foreign), *(part for part in parts if part.kind in ENCODERS)]
 
 
 def _read_part(checkpoint: Checkpoint, found: FoundLayout, variant: str | None, expected: Expected | None) -> FilePart:

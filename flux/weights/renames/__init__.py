@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from . import autoencoder, flux1, flux2, text
+from . import autoencoder, flux1, flux2, text, vision
 from .plans import Packing, Piece, Plan, Recipe, Reshape, assemble
 from .tables import Layout
 
@@ -26,6 +26,7 @@ LAYOUTS: dict[str, Layout] = {
         autoencoder.BFL, autoencoder.DIFFUSERS, autoencoder.FLUX2_BFL, autoencoder.FLUX2_DIFFUSERS,
         text.CLIP, text.CLIP_BARE,
         text.T5, text.T5_GGUF,
+        vision.SIGLIP, vision.SIGLIP_BARE, vision.REDUX,
     )
 }  # fmt: skip
 # Where all-in-one files keep their parts. A part without a prefix has none of these names.
@@ -86,6 +87,6 @@ def find_layout(names: Iterable[str], part: str | None = None) -> FoundLayout | 
 
     Args:
         names: All of the file's tensors.
-        part: "transformer", "autoencoder", "clip" or "t5"; the first that is found when None.
+        part: See ``Layout``; the first that is found when None.
     """
     return next((found for found in find_layouts(names) if part in (None, found.layout.part)), None)

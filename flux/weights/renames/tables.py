@@ -17,7 +17,7 @@ from enum import Enum
 from ...errors import FileError
 from .plans import Piece, Plan, Recipe, Reshape
 
-__all__ = ["Change", "Layout", "Row", "Table", "alternatives", "native", "pairs"]
+__all__ = ["Change", "Layout", "Row", "Table", "alternatives", "left_out", "native", "pairs"]
 
 SHOWN = 3  # names that a message lists
 ANYTHING = "*"  # at the end of a foreign name: whatever follows
@@ -105,6 +105,11 @@ def pairs(names: Mapping[str, str], endings: Iterable[str], change: Change = Cha
 def native(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows of the layout that has our own names, from those of another that knows them all."""
     return tuple(Row(ours, (ours,)) for ours in dict.fromkeys(row.ours for row in rows) if ours is not None)
+
+
+def left_out(names: Iterable[str]) -> tuple[Row, ...]:
+    """Rows for tensors that are left out on purpose."""
+    return tuple(Row(None, (name,)) for name in names)
 
 
 def alternatives(rows: Iterable[Row], endings: Mapping[str, str]) -> tuple[Row, ...]:
@@ -313,7 +318,7 @@ class Layout:
 
     Attributes:
         name: For the command line.
-        part: "transformer", "autoencoder", "clip" or "t5".
+        part: "transformer", "autoencoder", "clip", "t5", "vision" or "redux".
         family: "flux1", "flux2", or "" for encoders.
         table: Its rows.
         marks: Names that tell it from all others; the first is where its prefix is looked for.

@@ -5,7 +5,7 @@ Our names are those of Hugging Face's files. Whole CLIP and T5 models are accept
 
 from __future__ import annotations
 
-from .tables import Layout, Row, Table, native, pairs
+from .tables import Layout, Row, Table, left_out, native, pairs
 
 __all__ = ["CLIP", "CLIP_BARE", "T5", "T5_GGUF"]
 
@@ -56,24 +56,20 @@ T5_EMBEDDING = Row("shared.weight", ("encoder.embed_tokens.weight",), is_duplica
 T5_LEFT_OUT = ("decoder.*", "lm_head.weight", "spiece_model")
 T5_GGUF_LEFT_OUT = ("dec.*", "output.weight")
 
-
-def _left_out(names: tuple[str, ...]) -> tuple[Row, ...]:
-    return tuple(Row(None, (name,)) for name in names)
-
-
 CLIP = Layout(
     name="clip-hf",
     part="clip",
     family="",
-    table=Table("CLIP-L in Hugging Face's names", (*native(CLIP_ROWS), *_left_out(CLIP_LEFT_OUT))),
+    table=Table("CLIP-L in Hugging Face's names", (*native(CLIP_ROWS), *left_out(CLIP_LEFT_OUT))),
     marks=("text_model.final_layer_norm.weight", "text_model.encoder.layers.0.self_attn.q_proj.weight"),
+    absent=("text_model.head.weight",),  # SigLIP's text encoder has it
     prefixes=CLIP_PREFIXES,
 )
 CLIP_BARE = Layout(
     name="clip-hf5",
     part="clip",
     family="",
-    table=Table("CLIP-L in the names of transformers 5", (*CLIP_ROWS, *_left_out(CLIP_LEFT_OUT))),
+    table=Table("CLIP-L in the names of transformers 5", (*CLIP_ROWS, *left_out(CLIP_LEFT_OUT))),
     marks=("embeddings.token_embedding.weight", "final_layer_norm.weight", "encoder.layers.0.self_attn.q_proj.weight"),
     prefixes=CLIP_PREFIXES,
 )
@@ -81,7 +77,7 @@ T5 = Layout(
     name="t5-hf",
     part="t5",
     family="",
-    table=Table("T5 in Hugging Face's names", (*native(T5_GGUF_ROWS), T5_EMBEDDING, *_left_out(T5_LEFT_OUT))),
+    table=Table("T5 in Hugging Face's names", (*native(T5_GGUF_ROWS), T5_EMBEDDING, *left_out(T5_LEFT_OUT))),
     marks=("encoder.final_layer_norm.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
     # UMT5, which other families use, has a table of positions in every block.
     absent=("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",),
@@ -91,7 +87,7 @@ T5_GGUF = Layout(
     name="t5-gguf",
     part="t5",
     family="",
-    table=Table("T5 in llama.cpp's names", (*T5_GGUF_ROWS, *_left_out(T5_GGUF_LEFT_OUT))),
+    table=Table("T5 in llama.cpp's names", (*T5_GGUF_ROWS, *left_out(T5_GGUF_LEFT_OUT))),
     marks=("enc.output_norm.weight", "enc.blk.0.attn_q.weight"),
     absent=("enc.blk.1.attn_rel_b.weight",),
     prefixes=T5_PREFIXES,

@@ -7,11 +7,13 @@ import re
 
 import pytest
 
-from flux.cli.models import catalogue
+from flux.cli.models import PARTS_INSIDE, catalogue
+from flux.cli.purposes import EMBEDDED
 from flux.specs.autoencoder import AUTOENCODERS
 from flux.specs.flux1 import FLUX1
 from flux.specs.releases import FILE_NAMES
 from flux.specs.text import CLIP_TEXT, T5_ENCODERS
+from flux.specs.vision import REDUXES, VISION_TOWERS
 from flux.version import VERSION
 from tests.conftest import ROOT
 
@@ -24,7 +26,7 @@ def facts():
 def test_every_model_and_every_part_that_one_needs_is_listed(facts):
     assert {row["name"] for row in facts["models"]} == set(FLUX1)
     parts = {row["name"] for row in facts["parts"]}
-    assert parts == set(FILE_NAMES) == {*CLIP_TEXT, *T5_ENCODERS, *AUTOENCODERS}
+    assert parts == set(FILE_NAMES) == {*CLIP_TEXT, *T5_ENCODERS, *AUTOENCODERS, *VISION_TOWERS, *REDUXES}
     assert all({*row["text_encoders"], row["autoencoder"]} <= parts for row in facts["models"])
 
 
@@ -33,9 +35,10 @@ def test_sizes_are_counted_from_the_specs(facts):
     assert rows["flux1-dev"]["parameters"] == 11_901_408_320
     assert rows["flux1-dev"]["bf16_bytes"] == 23_802_816_640
     assert (rows["flux1-schnell"]["steps"], rows["flux1-schnell"]["guidance"]) == (4, None)
-    assert [name for name, row in rows.items() if row["embedded"]] == ["flux1-mini", "flux1-mini-schnell"]
+    assert [name for name, row in rows.items() if row["embedded"]] == list(EMBEDDED)
     assert [name for name, row in rows.items() if not row["draws_from_text"]] == [
-        "flux1-fill-dev", "flux1-depth-dev", "flux1-canny-dev",
+        "flux1-fill-dev", "flux1-depth-dev", "flux1-canny-dev", "flux1-fill-mini", "flux1-canny-mini",
+        "flux1-depth-mini",
     ]  # fmt: skip
 
 
@@ -53,7 +56,12 @@ def test_the_table_says_what_each_needs(flux):
         "Non-Commercial",
     ):
         assert words in dev
-    assert sum("inside the pack" in line for line in said.out) == 5
+    assert sum("inside the pack" in line for line in said.out) == len(EMBEDDED) + len(PARTS_INSIDE) == 11
+    for line in (
+        "`fill` and `outpaint` take flux1-fill-dev, flux1-fill-mini",
+        "`edit` takes flux1-kontext-dev, flux1-kontext-mini",
+    ):
+        assert line in said.out
 
 
 def test_json_is_the_catalogue(flux, facts):

@@ -134,8 +134,9 @@ def test_loras_are_named_with_their_model(names, words):
     ("names", "role", "title", "family", "width"),
     [
         (
-            {"redux_up.weight": (12288, 1152), "redux_down.weight": (4096, 12288)},
-            "redux", "the Redux adapter (image prompts) for FLUX.1", "flux1", 4096,
+            {"redux_down.weight": (4096, 12288)},
+            "redux", "some tensors of a Redux adapter, without the rest: one file of several, or a damaged one",
+            "flux1", 4096,
         ),
         (
             {"controlnet_x_embedder.weight": (3072, 64), "controlnet_mode_embedder.weight": (10, 3072),
@@ -221,20 +222,39 @@ def test_umt5_in_llama_cpp_s_names_is_no_language_model():
 
 
 @pytest.mark.parametrize(
-    ("width", "layers", "class_token", "title"),
+    ("width", "layers", "title"),
     [
-        (1152, 27, False, "the SigLIP so400m vision model, which Redux needs"),
-        (1024, 24, True, "the CLIP-L vision model, which XLabs' IP-Adapter needs"),
-        (512, 2, False, "a SigLIP vision model of width 512 with 2 layers"),
+        (1024, 24, "the CLIP-L vision tower, which XLabs' IP-Adapter needs"),
+        (1280, 32, "the CLIP-H vision tower"),
+        (1664, 48, "the CLIP-G vision tower"),
+        (512, 2, "a CLIP vision tower of width 512 with 2 layers"),
     ],
 )
-def test_vision_models_are_named_by_width_and_layers(width, layers, class_token, title):
-    names = {f"vision_model.encoder.layers.{n}.layer_norm1.weight": (width,) for n in range(layers)}
-    names["vision_model.post_layernorm.weight"] = (width,)
-    if class_token:
-        names["vision_model.embeddings.class_embedding"] = (width,)
+@pytest.mark.parametrize("level", ["vision_model.", ""])
+def test_clip_s_vision_towers_are_named_by_width_and_layers(width, layers, title, level):
+    names = {f"{level}encoder.layers.{n}.layer_norm1.weight": (width,) for n in range(layers)}
+    names |= {f"{level}post_layernorm.weight": (width,), f"{level}embeddings.class_embedding": (width,)}
     part = found(names)
-    assert (part.role, part.title) == ("vision", title)
+    assert (part.role, part.title, part.foreign.width) == ("vision", title, width)
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("visual.trunk.blocks.0.attn.qkv.weight", "a SigLIP vision tower in OpenCLIP's layout, which this version"),
+        ("visual.transformer.resblocks.0.attn.in_proj_weight", "a CLIP vision tower in OpenCLIP's layout"),
+        ("vision_model.encoder.layers.3.mlp.fc1.weight", "some tensors of a SigLIP vision tower, without the rest"),
+    ],
+)
+def test_other_vision_towers_are_named(name, title):
+    part = named(name)
+    assert part.role == "vision"
+    assert part.title.startswith(title)
+
+
+def test_a_whole_clip_in_open_clip_s_layout_is_a_text_encoder_first():
+    names = ("token_embedding.weight", "transformer.resblocks.0.mlp.c_fc.weight", "visual.transformer.resblocks.0.ln_1")
+    assert named(*names).role == "clip"
 
 
 # Models and what is left.

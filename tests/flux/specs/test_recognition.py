@@ -13,20 +13,23 @@ import pytest
 from flux.errors import MismatchError, UserError
 from flux.models.autoencoder import Autoencoder
 from flux.models.flux1 import Flux1
+from flux.models.redux import Redux
 from flux.models.text.clip import ClipText
 from flux.models.text.t5 import T5Encoder
+from flux.models.vision.siglip import SiglipVision
 from flux.ops.layers import on_meta
 from flux.specs.autoencoder import AUTOENCODERS, RECOGNISED_AUTOENCODERS
 from flux.specs.flux1 import FLUX1
 from flux.specs.flux2 import FLUX2
 from flux.specs.recognition import recognise_part
 from flux.specs.text import CLIP_L, CLIP_MINI, CLIP_TEXT, T5_ENCODERS, T5_XXL
+from flux.specs.vision import REDUX, REDUXES, SIGLIP_SO400M, VISION_TOWERS
 from flux.weights.renames import find_layouts
 from tests.conftest import ROOT
 from tests.fixtures.listings import LISTINGS
 from tests.tiny import TINY
 
-SPECS = {**FLUX1, **FLUX2, **RECOGNISED_AUTOENCODERS, **CLIP_TEXT, **T5_ENCODERS}
+SPECS = {**FLUX1, **FLUX2, **RECOGNISED_AUTOENCODERS, **CLIP_TEXT, **T5_ENCODERS, **VISION_TOWERS, **REDUXES}
 SAME_SHAPES = {"flux1-krea-dev": "flux1-dev", "flux1-kontext-dev": "flux1-dev", "flux1-depth-dev": "flux1-canny-dev"}
 OTHER_NAMES = {"flux1-canny-dev": "flux1-depth-dev"}  # the first row of several that shapes cannot tell apart
 
@@ -83,9 +86,10 @@ def test_the_family_is_told_by_shapes_when_no_layout_does(family):
     assert recognise_part(part, "", shapes).spec == SPECS[f"{family}-dev"]
 
 
-@pytest.mark.parametrize("spec", [FLUX1["flux1-mini"], FLUX1["flux1-mini-schnell"]], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [row for row in FLUX1.values() if "mini" in row.name], ids=lambda spec: spec.name)
 def test_the_embedded_transformers_are_recognised_without_a_note(spec):
-    part = recognise_part("transformer", "flux1", module_shapes(Flux1, spec))
+    titled = {"modelspec.title": spec.title}
+    part = recognise_part("transformer", "flux1", module_shapes(Flux1, spec), metadata=titled)
     assert (part.spec, part.notes) == (spec, ())
 
 
@@ -95,10 +99,12 @@ def test_the_embedded_transformers_are_recognised_without_a_note(spec):
         *(("autoencoder", Autoencoder, spec) for spec in AUTOENCODERS.values()),
         *(("clip", ClipText, spec) for spec in CLIP_TEXT.values()),
         *(("t5", T5Encoder, spec) for spec in T5_ENCODERS.values()),
+        *(("vision", SiglipVision, spec) for spec in VISION_TOWERS.values()),
+        *(("redux", Redux, spec) for spec in REDUXES.values()),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_encoders_and_autoencoders_are_recognised_as_the_engine_builds_them(kind, build, spec):
+def test_parts_beside_the_transformer_are_recognised_as_the_engine_builds_them(kind, build, spec):
     part = recognise_part(kind, "", module_shapes(build, spec))
     assert (part.kind, part.spec, part.runs) == (kind, spec, True)
 
@@ -356,7 +362,95 @@ def test_other_encoders_are_told_from_flux_s_own():
     assert "256384 words" in many_words.title
 
 
-PROPERTY_RELEASES = ["flux1-dev", "flux1-fill-dev", "flux2-klein-9b", "flux1-ae", "flux2-vae", "clip-l", "t5xxl"]
+# Vision towers and Redux.
+
+
+def tower(**changes):
+    return recognise_part("vision", "", module_shapes(SiglipVision, replace(SIGLIP_SO400M, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        (
+            {"width": 768, "layers": 12, "heads": 12, "mlp_width": 3072, "patch": 16, "side": 224},
+            "the SigLIP base vision tower (patch 16, 224 pixels)",
+        ),
+        (
+            {"width": 1024, "layers": 24, "mlp_width": 4096, "patch": 16, "side": 256},
+            "the SigLIP large vision tower (patch 16, 256 pixels)",
+        ),
+        ({"side": 224}, "the SigLIP so400m vision tower (patch 14, 224 pixels)"),
+        ({"patch": 16, "side": 512}, "the SigLIP so400m vision tower (patch 16, 512 pixels)"),
+        (
+            {"width": 1536, "layers": 40, "mlp_width": 6144, "patch": 16},
+            "the SigLIP giant vision tower (patch 16, 384 pixels)",
+        ),
+        ({"layers": 26}, "a SigLIP vision tower of width 1152 with 26 layers, which no Redux adapter takes"),
+    ],
+)
+def test_other_sizes_of_siglip_are_named_and_not_run(changes, title):
+    part = tower(**changes)
+    assert (part.kind, part.role, part.title, part.runs) == ("foreign", "vision", title, False)
+    assert part.foreign.width == changes.get("width", 1152)
+
+
+@pytest.mark.parametrize(("width", "layers", "size"), [(768, 12, "base"), (1152, 27, "so400m")])
+def test_siglip_2_naflex_is_told_by_its_first_layer(width, layers, size):
+    shapes = dict(module_shapes(SiglipVision, replace(SIGLIP_SO400M, width=width, layers=layers)))
+    shapes["vision_model.embeddings.patch_embedding.weight"] = (width, 16 * 16 * 3)
+    shapes["vision_model.embeddings.position_embedding.weight"] = (256, width)
+    assert recognise_part("vision", "", shapes).title == f"the SigLIP 2 {size} vision tower (NaFlex, patch 16)"
+
+
+@pytest.mark.parametrize(
+    ("file_name", "notes"),
+    [
+        ("siglip2-so400m-patch14-384.safetensors", 1),
+        ("SigLIP_v2_384.safetensors", 1),
+        ("sigclip_vision_patch14_384.safetensors", 0),
+        ("model.safetensors", 0),
+    ],
+)
+def test_a_tower_that_is_siglip_2_s_by_name_is_noted(file_name, notes):
+    part = recognised("siglip-so400m-384", file_name=file_name)
+    assert part.spec == SIGLIP_SO400M
+    assert len(part.notes) == notes
+    assert all("with which Redux was not trained" in note for note in part.notes)
+
+
+def test_a_tower_s_missing_layer_is_named():
+    part = recognised("siglip-so400m-384", without("vision_model.encoder.layers.7."))
+    assert "27 layers" not in part.title
+    assert part.title.endswith("which is not whole: vision_model.encoder.layers.7 is missing")
+
+
+def test_a_tower_without_its_places_is_still_known_so_that_they_can_be_named():
+    part = recognised("siglip-so400m-384", without("vision_model.embeddings.position_embedding."))
+    assert part.spec == SIGLIP_SO400M
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_rows_and_columns_of_a_tower_may_be_filled_up_to_blocks(block):
+    def change(shapes):
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                shapes[name] = tuple(-(-side // block) * block for side in shape)
+
+    assert recognised("siglip-so400m-384", change).spec == SIGLIP_SO400M
+    assert recognised("flux1-redux-dev", change).spec == REDUX
+
+
+def test_a_redux_adapter_of_other_widths_is_named_with_them():
+    part = recognise_part("redux", "flux1", module_shapes(Redux, replace(REDUX, vision_width=1280, text_width=2048)))
+    assert (part.kind, part.role, part.foreign.width) == ("foreign", "redux", 2048)
+    assert part.title == "a Redux adapter from vision tokens of width 1280 to text tokens of width 2048"
+
+
+PROPERTY_RELEASES = [
+    "flux1-dev", "flux1-fill-dev", "flux2-klein-9b", "flux1-ae", "flux2-vae", "clip-l", "t5xxl", "siglip-so400m-384",
+    "flux1-redux-dev",
+]  # fmt: skip
 
 
 def damaged(shapes, generator):
@@ -389,7 +483,7 @@ def test_whatever_is_missing_or_misshapen_nothing_but_a_contradiction_is_raised(
             assert again.kind in (part, "foreign")
 
 
-@pytest.mark.parametrize("part", ["transformer", "autoencoder", "clip", "t5"])
+@pytest.mark.parametrize("part", ["transformer", "autoencoder", "clip", "t5", "vision", "redux"])
 def test_no_tensor_at_all_is_foreign(part):
     assert recognise_part(part, "", {}).kind == "foreign"
 

@@ -10,7 +10,7 @@ from flux.mini.files import MINI
 from flux.pipelines.parts import bind_part
 from flux.weights.checkpoints import formats_of, read_parts
 from flux.weights.sources import open_checkpoint
-from tests.fixtures.listings import LISTINGS
+from tests.fixtures.listings import LISTINGS, redux, siglip
 from tests.tiny import write_header_only
 
 ALL_IN_ONE = {
@@ -76,6 +76,38 @@ def test_a_file_of_another_family_is_foreign_with_its_name(tmp_path):
     path = write_header_only(tmp_path / "x.safetensors", {"model.diffusion_model.joint_blocks.0.x_block.w": (2, 2)})
     (part,) = parts_of(path)
     assert (part.kind, part.layout, part.recognised.title) == ("foreign", None, "a Stable Diffusion 3 model")
+
+
+TOWER = "vision_tower."
+
+
+def beside_a_tower(names):
+    return {**{TOWER + name: shape for name, shape in siglip().items()}, **names}
+
+
+def test_a_language_model_with_a_vision_tower_is_told_as_both(tmp_path):
+    names = {"model.layers.0.input_layernorm.weight": (2560,), "model.embed_tokens.weight": (151936, 2560)}
+    path = write_header_only(tmp_path / "x.safetensors", beside_a_tower(names))
+    parts = parts_of(path)
+    assert [part.recognised.role for part in parts] == ["text-encoder", "vision"]
+    assert parts[1].fault is None
+
+
+def test_a_tower_inside_another_familys_model_can_be_used(tmp_path):
+    names = {"model.diffusion_model.joint_blocks.0.x_block.w": (2, 2)}
+    path = write_header_only(tmp_path / "x.safetensors", beside_a_tower(names))
+    assert [part.recognised.title for part in parts_of(path)] == [
+        "a Stable Diffusion 3 model", "the SigLIP so400m vision tower (patch 14, 384 pixels)",
+    ]  # fmt: skip
+
+
+def test_redux_and_its_tower_are_found_in_an_all_in_one_file(tmp_path):
+    names = {
+        **{f"model.diffusion_model.{name}": shape for name, shape in LISTINGS["flux1-dev"][1].items()},
+        **{f"image_embedder.{name}": shape for name, shape in redux().items()},
+    }
+    parts = parts_of(write_header_only(tmp_path / "x.safetensors", beside_a_tower(names)))
+    assert [(part.kind, part.fault) for part in parts] == [("transformer", None), ("vision", None), ("redux", None)]
 
 
 @pytest.mark.parametrize(
