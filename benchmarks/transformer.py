@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flux.models.flux1 import Conditions, Flux1
 from flux.models.positions import image_ids, text_ids
-from flux.pipelines.denoising import Denoiser, Hooks, denoise
+from flux.pipelines.denoising import Denoiser, Engine, Hooks, denoise
 from flux.pipelines.parts import open_transformer
 from flux.pipelines.prompts import EncodedPrompt
 from flux.specs.flux1 import FLUX1, Flux1Spec
@@ -91,7 +91,7 @@ def our_step(path: Path, inputs: Inputs, dtype: torch.dtype) -> tuple[Callable[[
     part = open_transformer(path, torch.device("cpu"), dtype)
     model = part.module
     part.residency.load(without=tuple(model.modulation_layers()))
-    flow = Denoiser(part, EncodedPrompt(inputs.text.float(), inputs.pooled.float()), GUIDANCE, Hooks())
+    flow = Denoiser(Engine(part), EncodedPrompt(inputs.text.float(), inputs.pooled.float()), GUIDANCE, Hooks())
     start = time.perf_counter()
     flow.prepare([inputs.time * (1 - i / SCHEDULE_STEPS) for i in range(SCHEDULE_STEPS)])
     share = (time.perf_counter() - start) / SCHEDULE_STEPS

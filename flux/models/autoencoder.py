@@ -8,6 +8,7 @@ Shapes: B batch, H and W in pixels, h = H / 8, w = W / 8, C latent channels.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,7 @@ from ..specs.autoencoder import AutoencoderSpec
 __all__ = ["Autoencoder", "Decoder", "Encoder"]
 
 NORM_EPS = 1e-6
+LOG_VARIANCES = (-30.0, 20.0)  # to which the posterior's are cut before a sample is drawn, as diffusers does
 
 
 class Autoencoder(nn.Module):
@@ -35,6 +37,12 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to pictures (B, 3, H, W), nominally in [-1, 1] and not clamped."""
         return self.decode_mean(self.from_model(latents))
+
+    def encode_sample(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """As ``encode``, but a sample of the posterior, drawn on the CPU in fp32."""
+        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return self.to_model(mean + (log_variance.clamp(*LOG_VARIANCES) / 2).exp() * noise)
 
     def encode_mean(self, pixels: Tensor) -> Tensor:
         """Posterior mean (B, C, h, w) in the autoencoder's own space: no scale, no shift."""

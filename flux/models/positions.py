@@ -5,11 +5,15 @@ Shapes: B batch, L tokens, A axes, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rope", "image_ids", "rope", "text_ids"]
+__all__ = ["LAYOUTS", "apply_rope", "image_ids", "reference_ids", "rope", "text_ids"]
 
+LAYOUTS = ("offset", "index", "uxo")  # of several references; ComfyUI's names
+PATCH = 2  # latent cells along each side of a token
 
 WITHOUT_FP64 = ("mps",)  # devices that cannot hold the angles' precision; the CPU computes them for these
 
@@ -20,6 +24,41 @@ def image_ids(height: int, width: int, device: torch.device | None = None) -> Te
     ids[..., 1] = torch.arange(height, device=device)[:, None]
     ids[..., 2] = torch.arange(width, device=device)[None, :]
     return ids.view(-1, 3)
+
+
+def reference_ids(
+    sizes: Sequence[tuple[int, int]],
+    image: tuple[int, int],
+    layout: str = "offset",
+    device: torch.device | None = None,
+) -> Tensor:
+    """Ids (L, 3) of the tokens of references, one picture after the other.
+
+    A single one has the first axis 1 and its rows and columns from 0, as in Black Forest Labs' Kontext. Of several the
+    layouts are ComfyUI's (``comfy/ldm/flux/model.py``): "offset" lays them side by side so that the whole stays as
+    square as it can, "index" counts the first axis up, "uxo" goes on diagonally from the picture's far corner.
+
+    Args:
+        sizes: Height and width of each in latent cells.
+        image: The same of the picture that is made.
+        layout: One of ``LAYOUTS``.
+        device: Where the ids go.
+    """
+    parts = []
+    height, width = (PATCH * -(-side // PATCH) for side in image) if layout == "uxo" else (0, 0)
+    for index, (h, w) in enumerate(sizes):
+        place, top, left = 1, 0, 0
+        if layout == "index":
+            place = index + 1
+        elif layout == "uxo":
+            place, top, left = 0, height, width
+            height, width = height + h, width + w
+        else:
+            top, left = (0, width) if h + height > w + width else (height, 0)
+            height, width = max(height, h + top), max(width, w + left)
+        ids = image_ids(-(-h // PATCH), -(-w // PATCH), device)
+        parts.append(ids + ids.new_tensor([place, -(-top // PATCH), -(-left // PATCH)]))
+    return torch.cat(parts)
 
 
 def text_ids(length: int, device: torch.device | None = None) -> Tensor:

@@ -6,127 +6,28 @@ Shapes: B batch, C latent channels, h and w in latent cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from ..errors import Cancelled, MismatchError, NumericError
-from ..models.flux1 import Conditions, Flux1, Modulations
-from ..models.positions import image_ids, text_ids
+from ..adapters.blending import Prediction, predictions_of
+from ..adapters.control_lora import attached
+from ..adapters.guides import Channels, StyleTokens
+from ..errors import NumericError
+from ..models.flux1 import Flux1
 from ..sampling.guidance import masked, true_cfg
-from ..sampling.packing import pack, unpack
+from ..sampling.schedules import fraction_done
 from ..sampling.solvers import OnStep, evaluation_sigmas, solver
 from ..specs.flux1 import Flux1Spec
-from .modulation_tables import tabulate
+from .denoiser import Denoiser, Engine, Guidance
+from .hooks import Hooks
 from .parts import Part
 from .prompts import EncodedPrompt
 
-__all__ = ["Denoiser", "Hooks", "Velocity", "denoise", "prepared", "walk"]
+__all__ = ["Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "denoise", "prepared", "walk"]
 
 Velocity = Callable[[Tensor, float], Tensor]
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a run tells its caller, and asks of it; every one is optional.
-
-    Attributes:
-        progress: Called with the stage's name, the steps done, and how many there are.
-        preview: Called after a step with its number and the estimate (B, C, h, w) of the final latents.
-        cancelled: Asked before every block, and every weight that is loaded; True stops the run with ``Cancelled``.
-        warn: Told in a sentence what was done otherwise than asked.
-    """
-
-    progress: Callable[[str, int, int], None] | None = None
-    preview: Callable[[int, Tensor], None] | None = None
-    cancelled: Callable[[], bool] | None = None
-    warn: Callable[[str], None] | None = None
-
-    def loading(self, done: int, total: int) -> None:
-        """Tell of weights on their way into memory, and raise ``Cancelled`` if the caller wants the run to stop."""
-        self.check()
-        if self.progress is not None:
-            self.progress("loading", done, total)
-
-    def check(self, _: int = 0) -> None:
-        """Raise ``Cancelled`` if the caller wants the run to stop."""
-        if self.cancelled is not None and self.cancelled():
-            raise Cancelled("the run was cancelled")
-
-
-class Denoiser:
-    """The velocity of one prompt at any of the tabulated times, or directly at others.
-
-    Args:
-        part: The transformer; its weights (modulation apart) are in memory while this is used.
-        prompt: What to draw.
-        guidance: Strength for the guidance embedding; ignored by models without one.
-        hooks: Asked before every block whether to stop.
-    """
-
-    def __init__(
-        self, part: Part[Flux1Spec, Flux1], prompt: EncodedPrompt, guidance: float | None, hooks: Hooks
-    ) -> None:
-        check_text(part.spec, prompt)
-        self.part, self.hooks = part, hooks
-        self.pooled = prompt.pooled.to(part.device, part.dtype)
-        self.tokens = prompt.tokens.to(part.device, part.dtype)
-        uses_guidance = part.spec.guidance_embedding and guidance is not None
-        self.guidance = torch.tensor([guidance], device=part.device) if uses_guidance else None
-        self.table: dict[float, Modulations] = {}
-
-    @torch.inference_mode()
-    def prepare(self, sigmas: Sequence[float]) -> None:
-        """Compute the modulations of these times ahead; their weights come and go layer by layer."""
-        moments = sorted(set(sigmas) - set(self.table), reverse=True)
-        vectors = [self._vector(sigma) for sigma in moments]
-        rows = tabulate(self.part.module, vectors, self._borrow)
-        self.table |= dict(zip(moments, rows, strict=True))
-
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """The velocity (B, C, h, w) in fp32 of latents x at time ``sigma``."""
-        batch, _, height, width = x.shape
-        modulations = self.table.get(sigma) or self._direct(sigma)
-        conditions = Conditions(
-            self.tokens.expand(batch, -1, -1),
-            text_ids(self.tokens.shape[1], x.device),
-            image_ids(height // 2, width // 2, x.device),
-        )
-        tokens = pack(x.to(self.part.dtype))
-        velocity = self.part.module(tokens, conditions, modulations, self.hooks.check)
-        return unpack(velocity.float(), height, width)
-
-    def _vector(self, sigma: float) -> Tensor:
-        return self.part.module.embed(torch.tensor([sigma], device=self.part.device), self.pooled, self.guidance)
-
-    def _direct(self, sigma: float) -> Modulations:
-        """Modulations of a time that was not known ahead, by the model's own way."""
-        with ExitStack() as borrowed:
-            for prefix in self.part.module.modulation_layers():
-                borrowed.enter_context(self.part.residency.borrow(prefix))
-            return self.part.module.modulate(self._vector(sigma))
-
-    def _borrow(self, prefix: str) -> AbstractContextManager[None]:
-        """A modulation layer's weights for the length of a block, unless the caller wants the run to stop."""
-        self.hooks.check()
-        return self.part.residency.borrow(prefix)
-
-
-def check_text(spec: Flux1Spec, prompt: EncodedPrompt) -> None:
-    """Refuse text that was encoded for another model.
-
-    Raises:
-        MismatchError: Its widths are not the model's.
-    """
-    found = (prompt.tokens.shape[-1], prompt.pooled.shape[-1])
-    wanted = (spec.context_width, spec.pooled_width)
-    if found != wanted:
-        raise MismatchError(
-            f"the text conditioning has width {found[0]} with a pooled vector of {found[1]}, but {spec.title} takes "
-            f"{wanted[0]} and {wanted[1]}; encode the prompt with {' and '.join(spec.text_encoders)}"
-        )
 
 
 @torch.inference_mode()
@@ -144,6 +45,7 @@ def denoise(
     mask: Tensor | None = None,
     tables: bool = True,
     hooks: Hooks | None = None,
+    guided: Guidance | None = None,
 ) -> Tensor:
     """Run a schedule: ``prepared`` for one ``walk``. See there for what the arguments are.
 
@@ -159,6 +61,7 @@ def denoise(
     ready = prepared(
         part, positive, sigmas,
         guidance=guidance, negative=negative, cfg=cfg, solver_name=solver_name, tables=tables, hooks=hooks,
+        guided=guided,
     )  # fmt: skip
     with ready as velocity:
         return walk(
@@ -179,6 +82,7 @@ def prepared(
     solver_name: str = "euler",
     tables: bool = True,
     hooks: Hooks | None = None,
+    guided: Guidance | None = None,
 ) -> Iterator[Velocity]:
     """Have a transformer ready for a schedule inside the block, for as many walks as wanted.
 
@@ -192,25 +96,71 @@ def prepared(
         solver_name: One of ``sampling.solvers.SOLVERS``.
         tables: Whether to compute modulations ahead (the default) or at every step. Both give the same bits.
         hooks: Told of the stage "loading", weight by weight; asked whether to stop.
+        guided: What guides the run beside its prompts. Style tokens are the positive prompt's only.
 
     Yields:
         The velocity of latents (B, C, h, w) at a time of the schedule.
     """
-    hooks = hooks or Hooks()
-    flows = [Denoiser(part, positive, guidance, hooks)]
-    if negative is not None and cfg != 1.0:
-        flows.append(Denoiser(part, negative, guidance, hooks))
-    apart = tuple(part.module.modulation_layers()) if tables else ()
-
-    def velocity(x: Tensor, sigma: float) -> Tensor:
-        v = flows[0](x, sigma)
-        return v if len(flows) == 1 else true_cfg(v, flows[1](x, sigma), cfg)
-
-    with part.resident(without=apart, watch=hooks.loading):
+    hooks, guided = hooks or Hooks(), guided or Guidance()
+    predictions = predictions_of(guided.guides)
+    with ExitStack() as held:
+        engines = _engines(held, part, guided, predictions, hooks, tables=tables)
+        flows = []
+        for prediction in predictions:
+            engine = engines[prediction.model]
+            passes = [Denoiser(engine, positive, guidance, hooks, prediction.guides, guided.layout)]
+            if negative is not None and cfg != 1.0:
+                unstyled = [guide for guide in prediction.guides if not isinstance(guide, StyleTokens)]
+                passes.append(Denoiser(engine, negative, guidance, hooks, unstyled, guided.layout))
+            flows.append((prediction, passes))
         if tables:
-            for flow in flows:
-                flow.prepare(evaluation_sigmas(solver_name, list(sigmas)))
+            moments = evaluation_sigmas(solver_name, list(sigmas))
+            for prediction, passes in flows:
+                own = [sigma for sigma in moments if prediction.covers(fraction_done(sigma, guided.mu))]
+                for flow in passes:
+                    flow.prepare(own)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            done = fraction_done(sigma, guided.mu)
+            active = [(prediction, passes) for prediction, passes in flows if prediction.covers(done)]
+            if len(active) == 1:
+                return _with_cfg(active[0][1], x, sigma, cfg)
+            weights = [prediction.weight((x.shape[-2], x.shape[-1]), x.device) for prediction, _ in active]
+            parts = [
+                weight * _with_cfg(passes, x, sigma, cfg) for weight, (_, passes) in zip(weights, active, strict=True)
+            ]
+            return torch.stack(parts).sum(dim=0)
+
         yield velocity
+
+
+def _engines(
+    held: ExitStack,
+    part: Part[Flux1Spec, Flux1],
+    guided: Guidance,
+    predictions: Sequence[Prediction],
+    hooks: Hooks,
+    *,
+    tables: bool,
+) -> dict[str | None, Engine]:
+    """Every transformer of a run, in memory as long as ``held`` is open, and the run's LoRAs on its own one."""
+    engines: dict[str | None, Engine] = {}
+    loras = {id(g.lora): g.lora for g in guided.guides if isinstance(g, Channels) and g.lora is not None}
+    for name in dict.fromkeys((None, *(prediction.model for prediction in predictions))):
+        if name is None and all(prediction.model is not None for prediction in predictions):
+            continue
+        model = part if name is None else guided.models[name]
+        apart = tuple(model.module.modulation_layers()) if tables else ()
+        held.enter_context(model.resident(without=apart, watch=hooks.loading))
+        own = tuple(loras.values()) if name is None else ()
+        attachment = held.enter_context(attached(model.module, own, model.device, model.dtype)) if own else None
+        engines[name] = Engine(model, own, attachment)
+    return engines
+
+
+def _with_cfg(passes: Sequence[Denoiser], x: Tensor, sigma: float, cfg: float) -> Tensor:
+    positive = passes[0](x, sigma)
+    return positive if len(passes) == 1 else true_cfg(positive, passes[1](x, sigma), cfg)
 
 
 @torch.inference_mode()

@@ -13,12 +13,14 @@ from torch import Tensor
 from ..errors import NumericError, UserError
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
+from ..models.positions import LAYOUTS
 from ..sampling.noise import NOISE_STYLES, draw_noise, image_seeds
 from ..sampling.schedules import MAX_MU, check_sigmas, flux1_mu, flux1_tokens, make_schedule, shorten
 from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
 from .denoising import Hooks, prepared, walk
+from .guided import AnyInput, check_inputs, described, guidance_of, size_of_inputs
 from .parts import Part, check_beside
 from .prompts import EncodedPrompt, TextEncoders
 
@@ -79,6 +81,8 @@ class Request:
         image: Picture (1 or B, 3, H, W) in 0..1 to start from.
         denoise: How much of it to change, 0..1; 1 starts from pure noise.
         mask: (1 or B, 1, H, W) in 0..1, 1 where the picture may change.
+        inputs: What else guides the run: holes to fill, controls, styles, references, in any order.
+        layout: Of several references: one of ``models.positions.LAYOUTS``.
     """
 
     prompt: str
@@ -99,6 +103,8 @@ class Request:
     image: Tensor | None = None
     denoise: float = 1.0
     mask: Tensor | None = None
+    inputs: Sequence[AnyInput] = ()
+    layout: str = "offset"
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,20 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     # 2. Text.
     with _stage(hooks, "text"):
         positive, negative = _encode_prompts(model, request, plan, hooks)
-    # 3. The picture to start from.
+    # 3. The picture to start from, and those that guide.
     cells = (plan.height // model.autoencoder.spec.downscale, plan.width // model.autoencoder.spec.downscale)
     start = None
     if request.image is not None:
         with _stage(hooks, "encoding"):
             start = _encode_start(model, request.image, plan)
     mask = None if request.mask is None else _latent_mask(request.mask, cells)
+    guided = None
+    if request.inputs:
+        with _stage(hooks, "encoding"):
+            guided = guidance_of(
+                request.inputs, model.autoencoder, (plan.height, plan.width),
+                layout=request.layout, mu=plan.mu, seed=plan.seeds[0],
+            )  # fmt: skip
     with ExitStack() as held:
         # 4. The transformer's weights and tables, for all pictures.
         velocity = None
@@ -148,6 +161,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             ready = prepared(
                 model.transformer, positive, plan.sigmas,
                 guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
+                guided=guided,
             )  # fmt: skip
             velocity = held.enter_context(ready)
         # 5. Each picture: noise, steps, pixels.
@@ -175,6 +189,7 @@ class _Plan:
 
     width: int
     height: int
+    mu: float | None
     sigmas: list[float]
     guidance: float | None
     cfg: float
@@ -184,7 +199,7 @@ class _Plan:
 def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
     spec = model.transformer.spec
     warn = hooks.warn or (lambda _: None)
-    _check(spec, request)
+    _check(spec, request, warn)
     width, height = _size(request, spec, warn)
     guidance = request.guidance if request.guidance is not None else spec.guidance
     cfg = _cfg(request)
@@ -199,6 +214,7 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
     return _Plan(
         width=width,
         height=height,
+        mu=_mu(spec, request, (width // GRID) * (height // GRID)),
         sigmas=sigmas,
         guidance=guidance,
         cfg=cfg,
@@ -263,16 +279,22 @@ def plan_sigmas(spec: Flux1Spec, request: Request, tokens: int) -> list[float]:
     """The times of a run, from the request or the model's defaults; empty when there is nothing to do."""
     if request.sigmas is not None:
         return check_sigmas(request.sigmas)
-    mu = request.mu
-    if mu is None and spec.shifted_schedule:
-        mu = flux1_mu(tokens)
-        if mu > MAX_MU:
-            raise UserError(
-                f"a picture of {tokens * GRID**2 / MEGA:.1f} megapixels is larger than the schedule can be "
-                f"shifted for; ask for {flux1_tokens(MAX_MU) * GRID**2 / MEGA:.1f} at most, or give a mu"
-            )
+    mu = _mu(spec, request, tokens)
     steps = spec.steps if request.steps is None else request.steps
     return shorten(lambda n: make_schedule(request.schedule, n, mu), steps, request.denoise)
+
+
+def _mu(spec: Flux1Spec, request: Request, tokens: int) -> float | None:
+    """The shift of a run's schedule: the request's, or the size's; None for models without one."""
+    if request.mu is not None or not spec.shifted_schedule:
+        return request.mu
+    mu = flux1_mu(tokens)
+    if mu > MAX_MU:
+        raise UserError(
+            f"a picture of {tokens * GRID**2 / MEGA:.1f} megapixels is larger than the schedule can be "
+            f"shifted for; ask for {flux1_tokens(MAX_MU) * GRID**2 / MEGA:.1f} at most, or give a mu"
+        )
+    return mu
 
 
 def _check_ends(request: Request, sigmas: list[float], warn: Callable[[str], None]) -> None:
@@ -293,8 +315,13 @@ def round_size(value: int) -> int:
     return max(GRID, int(math.floor(value / GRID + 0.5)) * GRID)
 
 
-def _check(spec: Flux1Spec, request: Request) -> None:
-    check_draws(spec)
+def _check(spec: Flux1Spec, request: Request, warn: Callable[[str], None]) -> None:
+    if request.inputs:
+        check_inputs(spec, request.inputs, warn)
+    else:
+        check_draws(spec)
+    if request.layout not in LAYOUTS:
+        raise UserError(f"there is no layout {request.layout!r} of references; choose one of: {', '.join(LAYOUTS)}")
     solver(request.solver)
     if request.noise not in NOISES:
         raise UserError(f"there is no noise style {request.noise!r}; choose one of: {', '.join(NOISES)}")
@@ -325,8 +352,9 @@ def _check_shapes(request: Request) -> None:
 
 
 def _size(request: Request, spec: Flux1Spec, warn: Callable[[str], None]) -> tuple[int, int]:
-    """Width and height: as asked for, else the start picture's, else what the model was trained on."""
-    height, width = (spec.native_side, spec.native_side) if request.image is None else request.image.shape[-2:]
+    """Width and height: as asked for, else the start picture's, else an input's, else what the model is used to."""
+    given = size_of_inputs(request.inputs) if request.image is None else request.image.shape[-2:]
+    height, width = given or (spec.native_side, spec.native_side)
     asked = {
         "width": width if request.width is None else request.width,
         "height": height if request.height is None else request.height,
@@ -387,4 +415,5 @@ def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dic
         "noise": request.noise,
         "denoise": request.denoise,
         "sigmas": [round(sigma, SIGMA_DIGITS) for sigma in plan.sigmas],
+        **({"inputs": [described(given) for given in request.inputs]} if request.inputs else {}),
     }

@@ -24,6 +24,7 @@ __all__ = [
     "flux1_mu",
     "flux1_tokens",
     "flux_schedule",
+    "fraction_done",
     "linear_schedule",
     "make_schedule",
     "shift",
@@ -76,6 +77,18 @@ def shift(t: float, mu: float) -> float:
         mu: Shift; 0 leaves t as it is, more moves it towards 1.
     """
     return 0.0 if t <= 0 else 1 / (1 + math.exp(-mu) * (1 / t - 1))
+
+
+def fraction_done(sigma: float, mu: float | None) -> float:
+    """How far a run is at a time, 0 at pure noise and 1 at the end: what ``flux_schedule`` has at step i is i / steps.
+
+    Args:
+        sigma: Flow time in 0..1.
+        mu: Shift of the schedule; None for none.
+    """
+    if mu is None or sigma <= 0:
+        return 1 - sigma
+    return 1 - 1 / (1 + math.exp(mu) * (1 / sigma - 1))  # the inverse of ``shift``
 
 
 def shift_from_factor(factor: float) -> float:

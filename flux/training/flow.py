@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..models.flux1 import Conditions, Flux1
-from ..models.positions import image_ids, text_ids
+from ..models.positions import image_ids, reference_ids, text_ids
 from ..sampling.packing import pack
 
 __all__ = ["TextBatch", "flow_targets", "predict_velocity", "sample_times"]
@@ -48,15 +49,36 @@ def flow_targets(latents: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor,
 
 
 def predict_velocity(
-    model: Flux1, noisy: Tensor, times: Tensor, text: TextBatch, guidance: Tensor | None = None
+    model: Flux1,
+    noisy: Tensor,
+    times: Tensor,
+    text: TextBatch,
+    guidance: Tensor | None = None,
+    *,
+    channels: Tensor | None = None,
+    references: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Packed velocities (B, tokens, 4C) of latents (B, C, h, w); gradients flow."""
+    """Packed velocities (B, tokens, 4C) of latents; gradients flow.
+
+    Args:
+        model: The transformer.
+        noisy: Latents (B, C, h, w).
+        times: Flow times (B,).
+        text: Encoded prompts.
+        guidance: Strengths (B,) for the guidance embedding.
+        channels: Further input channels (B, c, h, w), of Fill and control models.
+        references: Latents (B, C, h', w') of pictures that the model may look at.
+        bias: Added to the attention's logits, broadcastable to (B, H, L, L).
+    """
     rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
     vec = model.embed(times, text.pooled, guidance)
-    conditions = Conditions(
-        text.tokens,
-        text_ids(text.tokens.shape[1], noisy.device),
-        image_ids(rows, columns, noisy.device),
-    )
-    velocity: Tensor = model(pack(noisy), conditions, model.modulate(vec))
-    return velocity
+    tokens = pack(noisy if channels is None else torch.cat((noisy, channels), dim=1))
+    ids = image_ids(rows, columns, noisy.device)
+    if references:
+        tokens = torch.cat((tokens, *(pack(reference) for reference in references)), dim=1)
+        sizes = [(reference.shape[-2], reference.shape[-1]) for reference in references]
+        ids = torch.cat((ids, reference_ids(sizes, (noisy.shape[-2], noisy.shape[-1]), device=noisy.device)))
+    conditions = Conditions(text.tokens, text_ids(text.tokens.shape[1], noisy.device), ids, bias)
+    velocity: Tensor = model(tokens, conditions, model.modulate(vec))
+    return velocity[:, : rows * columns]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux.models.flux1 import Flux1
-from flux.pipelines.denoising import Denoiser, Hooks
+from flux.pipelines.denoising import Denoiser, Engine, Hooks
 from flux.pipelines.modulation_tables import tabulate
 from flux.pipelines.parts import open_transformer
 from flux.pipelines.prompts import EncodedPrompt
@@ -52,7 +52,7 @@ def test_a_time_that_was_not_tabulated_is_computed_with_weights_that_go_again(pa
     prompt = EncodedPrompt(rows(1, 5, TINY.context_width, seed=3), rows(1, TINY.pooled_width, seed=2))
     latents = rows(1, TINY.latent_channels, 4, 4, seed=4)
     with part.resident(without=tuple(part.module.modulation_layers())):
-        ready, unready = (Denoiser(part, prompt, 3.5, Hooks()) for _ in range(2))
+        ready, unready = (Denoiser(Engine(part), prompt, 3.5, Hooks()) for _ in range(2))
         ready.prepare(TIMES)
         before = part.residency.resident_bytes
         assert all(torch.equal(ready(latents, time), unready(latents, time)) for time in TIMES)

@@ -1,0 +1,168 @@
+"""One pass of a transformer: latents, a prompt and what guides it, to a velocity.
+
+Shapes: B batch, C latent channels, h and w in latent cells, T text tokens, I image tokens, R reference tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..adapters.attending import Tokens, gather
+from ..adapters.channels import neutral_channels
+from ..adapters.control_lora import Attachment, ControlLora
+from ..adapters.guides import Channels, Guide
+from ..errors import MismatchError
+from ..models.flux1 import Conditions, Flux1, Modulations
+from ..sampling.packing import pack, unpack
+from ..specs.flux1 import Flux1Spec
+from .hooks import Hooks
+from .modulation_tables import tabulate
+from .parts import Part
+from .prompts import EncodedPrompt
+
+__all__ = ["Denoiser", "Engine", "Guidance", "check_text"]
+
+PATCH_AREA = 4  # latent cells of a token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """What guides a run beside its prompts.
+
+    Attributes:
+        guides: In any order.
+        models: Further transformers that guides name as theirs.
+        layout: Where references are: one of ``models.positions.LAYOUTS``.
+        mu: Shift of the schedule that the guides' times are fractions of; None for none.
+    """
+
+    guides: Sequence[Guide] = ()
+    models: Mapping[str, Part[Flux1Spec, Flux1]] = field(default_factory=dict)
+    layout: str = "offset"
+    mu: float | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A transformer with the control LoRAs that are on it for a run."""
+
+    part: Part[Flux1Spec, Flux1]
+    loras: tuple[ControlLora, ...] = ()
+    attachment: Attachment | None = None
+
+    def weigh(self, guides: Sequence[Guide]) -> None:
+        """Give every LoRA the strength of its guide, none where it has no guide here."""
+        if self.attachment is not None:
+            strengths = {id(g.lora): g.strength for g in guides if isinstance(g, Channels) and g.lora is not None}
+            self.attachment.weigh([strengths.get(id(lora), 0.0) for lora in self.loras])
+
+
+class Denoiser:
+    """The velocity of one prompt with its guides at any of the tabulated times, or directly at others.
+
+    Args:
+        engine: The transformer; its weights (modulation apart) are in memory while this is used.
+        prompt: What to draw.
+        guidance: Strength for the guidance embedding; ignored by models without one.
+        hooks: Asked before every block whether to stop.
+        guides: What the transformer is given beside the prompt.
+        layout: Of references.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: EncodedPrompt,
+        guidance: float | None,
+        hooks: Hooks,
+        guides: Sequence[Guide] = (),
+        layout: str = "offset",
+    ) -> None:
+        part = engine.part
+        check_text(part.spec, prompt)
+        self.engine, self.part, self.hooks = engine, part, hooks
+        self.guides, self.layout = tuple(guides), layout
+        self.pooled = prompt.pooled.to(part.device, part.dtype)
+        self.prompt = prompt.tokens.to(part.device, part.dtype)
+        uses_guidance = part.spec.guidance_embedding and guidance is not None
+        self.guidance = torch.tensor([guidance], device=part.device) if uses_guidance else None
+        self.table: dict[float, Modulations] = {}
+        self._tokens: dict[tuple[int, int], Tokens] = {}
+
+    @torch.inference_mode()
+    def prepare(self, sigmas: Sequence[float]) -> None:
+        """Compute the modulations of these times ahead; their weights come and go layer by layer."""
+        self.engine.weigh(self.guides)
+        moments = sorted(set(sigmas) - set(self.table), reverse=True)
+        vectors = [self._vector(sigma) for sigma in moments]
+        rows = tabulate(self.part.module, vectors, self._borrow)
+        self.table |= dict(zip(moments, rows, strict=True))
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """The velocity (B, C, h, w) in fp32 of latents x at time ``sigma``."""
+        self.engine.weigh(self.guides)
+        batch, _, height, width = x.shape
+        modulations = self.table.get(sigma) or self._direct(sigma)
+        beside = self._beside((height, width))
+        conditions = Conditions(beside.text.expand(batch, -1, -1), beside.text_ids, beside.image_ids, beside.bias)
+        image = pack(torch.cat((x, *self._channels(x)), dim=1).to(self.part.dtype))
+        count = image.shape[1]
+        if beside.references is not None:
+            image = self._with_references(image, beside.references.expand(batch, -1, -1))
+        velocity = self.part.module(image, conditions, modulations, self.hooks.check)
+        return unpack(velocity[:, :count].float(), height, width)
+
+    def _beside(self, size: tuple[int, int]) -> Tokens:
+        """What stands beside the image, made once for each size."""
+        if size not in self._tokens:
+            self._tokens[size] = gather(self.prompt, self.guides, size, self.layout)
+        return self._tokens[size]
+
+    def _channels(self, x: Tensor) -> list[Tensor]:
+        """What stands behind the noisy latent's channels: the model's own, then each LoRA's."""
+        given = {id(g.lora): g.latents for g in self.guides if isinstance(g, Channels) and g.lora is not None}
+        own = [g.latents for g in self.guides if isinstance(g, Channels) and g.lora is None]
+        extra = self.part.spec.in_channels // PATCH_AREA - x.shape[1]
+        behind = [own[0]] if own else [neutral_channels(x, extra)] if extra else []
+        behind += [given.get(id(lora), x.new_zeros(1, x.shape[1], 1, 1)) for lora in self.engine.loras]
+        return [part.to(x).expand(len(x), -1, *x.shape[-2:]) for part in behind]
+
+    def _with_references(self, image: Tensor, references: Tensor) -> Tensor:
+        """References (B, R, 4C) behind image tokens, with zeros for the channels that only the image has."""
+        lacking = image.shape[-1] - references.shape[-1]
+        return torch.cat((image, torch.nn.functional.pad(references, (0, lacking))), dim=1)
+
+    def _vector(self, sigma: float) -> Tensor:
+        return self.part.module.embed(torch.tensor([sigma], device=self.part.device), self.pooled, self.guidance)
+
+    def _direct(self, sigma: float) -> Modulations:
+        """Modulations of a time that was not known ahead, by the model's own way."""
+        with ExitStack() as borrowed:
+            for prefix in self.part.module.modulation_layers():
+                borrowed.enter_context(self.part.residency.borrow(prefix))
+            return self.part.module.modulate(self._vector(sigma))
+
+    def _borrow(self, prefix: str) -> AbstractContextManager[None]:
+        """A modulation layer's weights for the length of a block, unless the caller wants the run to stop."""
+        self.hooks.check()
+        return self.part.residency.borrow(prefix)
+
+
+def check_text(spec: Flux1Spec, prompt: EncodedPrompt) -> None:
+    """Refuse text that was encoded for another model.
+
+    Raises:
+        MismatchError: Its widths are not the model's.
+    """
+    found = (prompt.tokens.shape[-1], prompt.pooled.shape[-1])
+    wanted = (spec.context_width, spec.pooled_width)
+    if found != wanted:
+        raise MismatchError(
+            f"the text conditioning has width {found[0]} with a pooled vector of {found[1]}, but {spec.title} takes "
+            f"{wanted[0]} and {wanted[1]}; encode the prompt with {' and '.join(spec.text_encoders)}"
+        )

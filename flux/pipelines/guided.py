@@ -1,0 +1,320 @@
+"""What guides a run as a user has it, pictures and masks, and its way to the guides that a transformer takes.
+
+Pictures: (1 or B, 3, H, W) in 0..1; masks (1 or B, 1, H, W) in 0..1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..adapters.channels import CELL, fill_channels
+from ..adapters.control_lora import ControlLora, check_control_lora
+from ..adapters.guides import Channels, Guide, Reference, StyleTokens, check_span, check_strength
+from ..errors import MismatchError, NumericError, UserError
+from ..models.autoencoder import Autoencoder
+from ..models.flux1 import Flux1
+from ..specs.autoencoder import AutoencoderSpec
+from ..specs.flux1 import Flux1Spec
+from .denoiser import Guidance
+from .parts import Part
+
+__all__ = [
+    "POSTERIORS", "ROUNDINGS", "AnyInput", "ControlInput", "FillInput", "Input", "ReferenceInput", "check_inputs",
+    "described", "encode_picture", "fill_latents", "guidance_of", "size_of_inputs",
+]  # fmt: skip
+
+Warn = Callable[[str], None]
+Encoder = Part[AutoencoderSpec, Autoencoder]
+
+ROUNDINGS = ("soft", "hidden", "binary")
+POSTERIORS = ("mean", "sample")
+HALF = 0.5
+GREY = 0.5
+PATCH_AREA = 4  # latent cells of a token
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Input:
+    """What every input has; see ``adapters.guides.Guide``."""
+
+    strength: float = 1.0
+    region: Tensor | None = None
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
+        check_span(self.start, self.end)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FillInput(Input):
+    """A picture of which a part is painted anew, for a Fill model.
+
+    Attributes:
+        picture: Of the run's size, else it is resized.
+        mask: 1 where it is painted anew; soft values are allowed.
+        rounding: How soft masks are taken. "soft": as they are (Black Forest Labs). "hidden": the pixels are hidden by
+            the rounded mask, and the model sees the soft one (ComfyUI). "binary": rounded throughout (diffusers).
+        posterior: "mean" of what the autoencoder gives, or a "sample" of it (diffusers).
+    """
+
+    picture: Tensor
+    mask: Tensor
+    rounding: str = "soft"
+    posterior: str = "mean"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ControlInput(Input):
+    """Edges, depth or another picture that is followed, for a control model or a control LoRA.
+
+    Attributes:
+        picture: As the model is to see it; of the run's size, else it is resized.
+        lora: The control LoRA that follows it, on the run's own model.
+        model: The control model that follows it, where that is not the run's own.
+        posterior: See ``FillInput``.
+    """
+
+    picture: Tensor
+    lora: ControlLora | None = None
+    model: Part[Flux1Spec, Flux1] | None = None
+    posterior: str = "mean"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceInput(Input):
+    """A picture that the model may look at, for Kontext. Of any size; padded to the grid, never cropped.
+
+    Attributes:
+        picture: The picture.
+    """
+
+    picture: Tensor
+
+
+AnyInput = FillInput | ControlInput | ReferenceInput | Guide
+
+
+def described(given: AnyInput) -> dict[str, object]:
+    """An input as plain values, for a picture's settings."""
+    facts: dict[str, object] = {"kind": KINDS[type(given)], "strength": given.strength}
+    if (given.start, given.end) != (0.0, 1.0):
+        facts |= {"start": given.start, "end": given.end}
+    if given.region is not None:
+        facts["region"] = True
+    if isinstance(given, ControlInput):
+        facts |= {"lora": given.lora.name} if given.lora is not None else {}
+        facts |= {"model": given.model.path.name} if given.model is not None else {}
+    return facts
+
+
+KINDS: dict[type, str] = {
+    FillInput: "fill", ControlInput: "control", ReferenceInput: "reference",
+    Channels: "channels", StyleTokens: "style", Reference: "reference",
+}  # fmt: skip
+
+
+def size_of_inputs(inputs: Sequence[AnyInput]) -> tuple[int, int] | None:
+    """Height and width that inputs give a run: Fill's picture, else a control's, else the first reference's."""
+    for kind in (FillInput, ControlInput, ReferenceInput):
+        for given in inputs:
+            if isinstance(given, kind):
+                return int(given.picture.shape[-2]), int(given.picture.shape[-1])
+    return None
+
+
+def check_inputs(spec: Flux1Spec, inputs: Sequence[AnyInput], warn: Warn) -> None:
+    """Refuse what a model has no use for, and a model that lacks what it needs.
+
+    Args:
+        spec: The run's own transformer.
+        inputs: What was given.
+        warn: Told of what has no effect.
+
+    Raises:
+        MismatchError: The model and an input do not go together.
+        UserError: An input is not one.
+    """
+    for given in inputs:
+        _check_shapes(given)
+        if isinstance(given, StyleTokens) and given.tokens.shape[-1] != spec.context_width:
+            raise MismatchError(
+                f"the style tokens have width {given.tokens.shape[-1]}, but {spec.title} takes {spec.context_width}; "
+                "use the Redux adapter of its family"
+            )
+        if isinstance(given, FillInput) and spec.task != "fill":
+            raise MismatchError(f"{spec.title} has no input for a picture with a hole; choose {_models('fill')}")
+        if isinstance(given, ControlInput):
+            _check_control(spec, given)
+    fills = sum(isinstance(given, FillInput) for given in inputs)
+    own = sum(isinstance(g, ControlInput) and g.lora is None and g.model is None for g in inputs)
+    if fills > 1:
+        raise UserError("two pictures with holes were given; give one, with a mask of all that is to be painted anew")
+    if own > 1:
+        raise UserError(
+            "two controls were given to one control model; give one of them a control model of its own, or use control "
+            "LoRAs"
+        )
+    _check_needs(spec, fills, own)
+    if spec.task != "edit" and any(isinstance(given, ReferenceInput | Reference) for given in inputs):
+        warn(f"{spec.title} was not trained to look at references; choose {_models('edit')}")
+
+
+def _check_control(spec: Flux1Spec, given: ControlInput) -> None:
+    if given.lora is not None:
+        if given.model is not None:
+            raise UserError("a control was given both a LoRA and a model; give one of them")
+        check_control_lora(given.lora, spec)
+        return
+    taking = spec if given.model is None else given.model.spec
+    if taking.in_channels != taking.out_channels + spec.latent_channels * PATCH_AREA:
+        raise MismatchError(
+            f"{taking.title} has no input for a control picture; choose {_models('canny')}, {_models('depth')}, or a "
+            "control LoRA on a text-to-image model"
+        )
+
+
+def _check_needs(spec: Flux1Spec, fills: int, own: int) -> None:
+    if spec.task == "fill" and not fills:
+        raise MismatchError(f"{spec.title} paints into a picture: give it one, with a mask; {_draws()}")
+    if spec.task in ("canny", "depth") and not own:
+        what = "the edges" if spec.task == "canny" else "the depth"
+        raise MismatchError(f"{spec.title} follows {what} of a picture: give it one; {_draws()}")
+
+
+def _draws() -> str:
+    return "to draw from a prompt alone choose a text-to-image model"
+
+
+def _models(task: str) -> str:
+    return {
+        "fill": "FLUX.1 Fill (or fill-mini)",
+        "canny": "FLUX.1 Canny (or canny-mini)",
+        "depth": "FLUX.1 Depth (or depth-mini)",
+        "edit": "FLUX.1 Kontext (or kontext-mini)",
+    }[task]
+
+
+def _check_shapes(given: AnyInput) -> None:
+    tensors = {"picture": 3, "mask": 1, "region": 1}
+    for name, channels in tensors.items():
+        tensor = getattr(given, name, None)
+        if tensor is not None and (tensor.ndim != 4 or tensor.shape[1] != channels or 0 in tensor.shape):
+            raise UserError(
+                f"the {name} has shape {tuple(tensor.shape)}; give (B, {channels}, H, W) with values in 0..1"
+            )
+    for name, known in (("rounding", ROUNDINGS), ("posterior", POSTERIORS)):
+        value = getattr(given, name, known[0])
+        if value not in known:
+            raise UserError(f"there is no {name} {value!r}; choose one of: {', '.join(known)}")
+
+
+def guidance_of(
+    inputs: Sequence[AnyInput],
+    autoencoder: Encoder,
+    size: tuple[int, int],
+    *,
+    layout: str = "offset",
+    mu: float | None = None,
+    seed: int = 0,
+) -> Guidance:
+    """Encode inputs.
+
+    Args:
+        inputs: Checked by ``check_inputs``. Guides are taken as they are.
+        autoencoder: Encodes pictures.
+        size: Height and width of the run in pixels, multiples of 16.
+        layout: Of references.
+        mu: Shift of the schedule.
+        seed: Of samples of the posterior.
+    """
+    guides: list[Guide] = []
+    models: dict[str, Part[Flux1Spec, Flux1]] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for given in inputs:
+        if isinstance(given, Guide):
+            guides.append(given)
+        elif isinstance(given, FillInput):
+            guides.append(Channels(latents=fill_latents(given, autoencoder, size, generator), **_common(given)))
+        elif isinstance(given, ReferenceInput):
+            guides.append(Reference(latents=_reference(given, autoencoder), **_common(given)))
+        else:
+            name = None if given.model is None else _named(models, given.model)
+            picture = _resized(given.picture, size)
+            latents = encode_picture(autoencoder, picture, given.posterior, generator)
+            guides.append(Channels(latents=latents, lora=given.lora, model=name, **_common(given)))
+    return Guidance(guides=guides, models=models, layout=layout, mu=mu)
+
+
+def _named(models: dict[str, Part[Flux1Spec, Flux1]], model: Part[Flux1Spec, Flux1]) -> str:
+    """The name of a further model, which is written down under it."""
+    for name, known in models.items():
+        if known is model:
+            return name
+    name = f"{model.spec.name} {len(models) + 1}"
+    models[name] = model
+    return name
+
+
+def _common(given: Input) -> dict[str, Any]:
+    return {"strength": given.strength, "region": given.region, "start": given.start, "end": given.end}
+
+
+def fill_latents(
+    given: FillInput, autoencoder: Encoder, size: tuple[int, int], generator: torch.Generator | None = None
+) -> Tensor:
+    """Fill's further channels (B, C + 64, h, w) of a picture and a mask, brought to a size in pixels."""
+    picture = _resized(given.picture, size)
+    mask = _resized(given.mask, size)
+    hidden = mask if given.rounding == "soft" else (mask > HALF).to(mask)
+    shown = mask if given.rounding != "binary" else hidden
+    latents = encode_picture(autoencoder, picture * (1 - hidden) + GREY * hidden, given.posterior, generator)
+    return fill_channels(latents, shown)
+
+
+def _reference(given: ReferenceInput, autoencoder: Encoder) -> Tensor:
+    """Latents of a picture, its right and bottom edges repeated up to the grid of tokens."""
+    grid = 2 * CELL
+    height, width = given.picture.shape[-2:]
+    padded = F.pad(given.picture.float(), (0, -width % grid, 0, -height % grid), mode="replicate")
+    return encode_picture(autoencoder, padded)
+
+
+def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    if picture.shape[-2:] == size:
+        return picture.float()
+    return F.interpolate(picture.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+@torch.inference_mode()
+def encode_picture(
+    part: Encoder, picture: Tensor, posterior: str = "mean", generator: torch.Generator | None = None
+) -> Tensor:
+    """Latents (B, C, h, w) of pictures (B, 3, H, W) in the transformer's space, fp32 on the CPU.
+
+    Args:
+        part: The autoencoder.
+        picture: In 0..1.
+        posterior: One of ``POSTERIORS``.
+        generator: Of a sample.
+
+    Raises:
+        NumericError: The result was not finite.
+    """
+    with part.resident() as autoencoder:
+        pixels = (picture * 2 - 1).to(part.device, part.dtype)
+        latents = autoencoder.encode(pixels) if posterior == "mean" else autoencoder.encode_sample(pixels, generator)
+        latents = latents.float().cpu()
+    if not bool(torch.isfinite(latents).all()):
+        raise NumericError(
+            f"encoding a picture gave numbers that are not finite; {part.path.name} is damaged, or the number format "
+            "overflows: try another dtype (bf16 or fp32), or a fresh copy of the file"
+        )
+    return latents
