@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 
 from .language import COLOURS, LETTERS, Request, Wanted
 
-__all__ = ["PALETTE", "Item", "Scene", "Sign", "draw", "lay_out", "letter_scale", "shape_mask", "word_mask"]
+__all__ = [
+    "LATTICE", "NAMED", "PALETTE", "Item", "Scene", "Sign", "draw", "lay_out", "letter_scale", "place_of", "shape_mask",
+    "word_mask",
+]  # fmt: skip
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.float32]
@@ -154,6 +157,11 @@ def _centre(slot: Slot, radius: float, scale: float, width: int, height: int) ->
     edge = next(c for c in candidates if c >= room)
     x, y = ({-1: edge, 0: side / 2, 1: side - edge}[place] for place, side in zip(slot, (width, height), strict=True))
     return x, y
+
+
+def place_of(position: str, radius: float, width: int, height: int) -> tuple[float, float]:
+    """Where on a canvas the centre of an object of this radius is that stands at one of ``NAMED``."""
+    return _centre(NAMED[position], radius, min(1.0, min(width, height) / NATIVE_SIDE), width, height)
 
 
 def _apart(centres: list[tuple[float, float]], radii: list[float], scale: float) -> bool:

@@ -9,10 +9,7 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,28 +26,20 @@ from ..ops.dtypes import fast_dtype
 from ..sampling.packing import pack, unpack
 from ..sampling.schedules import make_schedule
 from ..specs.flux1 import MINI, MINI_SCHNELL
-from ..training.checkpoints import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
-from ..training.ema import Ema
 from ..training.flow import TextBatch, flow_targets, predict_velocity, sample_times
-from ..training.muon import Muon, split_parameters
 from ..weights.readers.tokenizer import ClipTokenizer, T5Tokenizer
 from .dataset import NATIVE, LatentSet
 from .labels import IGNORED, QUESTIONS
 from .language import phrase, text_of
-from .train_autoencoder import SEED_STRIDE
+from .loop import FlowRecipe, Report, run_stage
 
 __all__ = ["FlowRecipe", "FrozenEncoders", "train_base", "train_guided", "train_schnell"]
-
-log = logging.getLogger(__name__)
-
-Report = Callable[[str], None]
 
 EMPTY_SHARE = 0.1
 # How often a scene is drawn, by the number of its objects: the more a prompt names, the more there is to get wrong. A
 # sign (no objects) has its letters at columns that differ with the canvas's width, and needs as much.
 DRAW_WEIGHTS = (2.0, 1.5, 1.5, 2.0)
 OTHER_SIZES_SHARE = 0.75  # of the steps, on one of the 48 sizes other than the native one
-GRADIENT_NORM = 1.0
 TAPPED_BLOCK = 1  # the single block whose image tokens answer questions, about midway
 ANSWERS_WEIGHT = 0.5
 # Of the logit-normal times. What a picture shows is decided while it is nearly all noise: at t = 0.9 the 400 latent
@@ -60,21 +49,6 @@ GUIDANCE_RANGE = (1.0, 6.0)
 SCHNELL_GUIDANCE = 3.0
 SCHNELL_SUBSTEPS = 4  # teacher steps for each of the student's
 SCHNELL_STEPS = 4
-EMA_DECAY = 0.995  # about the last 200 steps: while it still learns fast, older weights pull it back
-WARM_UP = 100
-WEIGHT_DECAY = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowRecipe:
-    """Numbers of one stage: steps, of which the last ``decay`` lower the learning rate linearly to nothing."""
-
-    steps: int
-    decay: int
-    batch: int = 96
-    learning_rate: float = 2e-3
-    save_every: int = 200
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +145,7 @@ def train_base(
         return error + ANSWERS_WEIGHT * answers
 
     try:
-        return _run("base", model, loss, folder / "base.safetensors", recipe, seed, report, head)
+        return run_stage("base", model, loss, folder / "base.safetensors", recipe, seed, report, head)
     finally:
         tap.remove()
 
@@ -206,7 +180,7 @@ def train_guided(
             target = negative + guidance[:, None, None] * (positive - negative)
         return F.mse_loss(learn(noisy, times, text, guidance).float(), target)
 
-    return _run("guided", model, loss, folder / "guided.safetensors", recipe, seed, report)
+    return run_stage("guided", model, loss, folder / "guided.safetensors", recipe, seed, report)
 
 
 def train_schnell(
@@ -251,7 +225,7 @@ def train_schnell(
             target = pack((y - x) / (end - start))
         return F.mse_loss(learn(x, torch.full((count,), start, device=device), text, None).float(), target)
 
-    return _run("schnell", model, loss, folder / "schnell.safetensors", recipe, seed, report)
+    return run_stage("schnell", model, loss, folder / "schnell.safetensors", recipe, seed, report)
 
 
 class SceneHead(nn.Module):
@@ -296,69 +270,3 @@ def _compiled(model: Flux1, recipe: FlowRecipe) -> Callable[[Tensor, Tensor, Tex
             return run(model, noisy, times, text, guidance)
 
     return velocity
-
-
-def _is_matrix(name: str, parameter: Tensor) -> bool:
-    """The blocks' matrices, modulation apart."""
-    return "_blocks." in name and parameter.ndim == 2 and not any(part in name for part in ("_mod.", "modulation."))
-
-
-def _run(
-    stage: str,
-    model: Flux1,
-    loss_of: Callable[[int], Tensor],
-    path: Path,
-    recipe: FlowRecipe,
-    seed: int,
-    report: Report,
-    helper: nn.Module | None = None,
-) -> Flux1:
-    """The loop that all stages share: resume, step, average, save. ``helper`` is trained along and not averaged."""
-    helper = helper or nn.Module()
-    trained = nn.ModuleDict({"model": model, "helper": helper})
-    optimizer = Muon(split_parameters(trained, _is_matrix), recipe.learning_rate, weight_decay=WEIGHT_DECAY)
-    average = Ema(model, EMA_DECAY)
-    start = 0
-    if path.exists():
-        tensors, meta = load_checkpoint(path)
-        start = int(meta["step"])
-        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        helper.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("helper.")})
-        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average.")}, int(meta["updates"]))
-        unpack_optimizer(optimizer, tensors, "optimizer.")
-        report(f"{stage}: resumed at step {start}")
-    began, recent = time.monotonic(), 0.0
-    for step in range(start, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _rate(step, recipe)
-        torch.manual_seed(seed * SEED_STRIDE + step)
-        loss = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), GRADIENT_NORM)
-        optimizer.step()
-        average.update(model)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{stage}: the loss is {value} at step {step}; lower the learning rate")
-        done = step + 1
-        recent = value if recent == 0.0 else 0.95 * recent + 0.05 * value
-        if done % 20 == 0:
-            speed = (done - start) * recipe.batch / (time.monotonic() - began)
-            report(f"{stage} {done}/{recipe.steps}: loss {recent:.4f}, {speed:.0f} samples/s")
-        if done % recipe.save_every == 0 or done == recipe.steps:
-            save_checkpoint(
-                path,
-                {f"model.{k}": v for k, v in model.state_dict().items()}
-                | {f"helper.{k}": v for k, v in helper.state_dict().items()}
-                | {f"average.{k}": v for k, v in average.weights.items()}
-                | pack_optimizer(optimizer, "optimizer."),
-                {"step": done, "stage": stage, "updates": average.updates},
-            )
-    average.copy_to(model)
-    return model.eval()
-
-
-def _rate(step: int, recipe: FlowRecipe) -> float:
-    """Warm-up, plateau, linear descent (so that a run can be lengthened before its descent begins)."""
-    return min(1.0, (step + 1) / WARM_UP, (recipe.steps - step) / max(1, recipe.decay))

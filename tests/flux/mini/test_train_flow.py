@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flux.mini import train_flow
+from flux.mini import loop, train_flow
 from flux.mini.dataset import LatentSet
 from flux.mini.labels import IGNORED, QUESTIONS
 from flux.mini.language import Request, Wanted
@@ -343,7 +343,7 @@ def test_guidance_has_no_part_before_it_is_trained():
 def test_muon_takes_the_blocks_matrices_and_leaves_the_rest_to_adamw():
     with torch.device("meta"):
         model = Flux1(MINI)
-    taken = {name for name, p in model.named_parameters() if train_flow._is_matrix(name, p)}
+    taken = {name for name, p in model.named_parameters() if loop._is_matrix(name, p)}
     assert taken == {
         f"double_blocks.0.{stream}_{part}.weight"
         for stream in ("img", "txt")

@@ -1,0 +1,362 @@
+"""Do the embedded guided models do what they are there for? Measured on scenes that training never drew.
+
+``python -m benchmarks.guided --count 200``. Every picture goes through the engine's own sampler; what it shows is found
+from its pixels by ``checker``. Masks of what is drawn come from the scenes, which are known exactly.
+
+Legend: IoU is the intersection over the union of what is covered; scenes have 128x128 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.checker import Blob, check, find_blobs
+from benchmarks.checker.picture import VISIBLE, measure
+from flux.adapters.guides import Channels, Guide, Reference, StyleTokens
+from flux.mini import files
+from flux.mini.examples import (
+    EDITS,
+    EditExample,
+    StyleExample,
+    control_example,
+    edit_example,
+    fill_example,
+    style_example,
+)
+from flux.mini.scenes import Item, Scene, shape_mask
+from flux.pipelines.denoising import Guidance, denoise
+from flux.pipelines.guided import FillInput, encode_picture, fill_latents
+from flux.pipelines.prompts import EncodedPrompt
+from flux.pipelines.redux import ReduxEncoder, ReduxPicture
+from flux.pipelines.text_to_image import FluxModel, Request, decode, plan_sigmas
+from flux.preprocess.vision import vision_pixels
+from flux.sampling.noise import draw_noise
+
+__all__ = ["MEASURES", "Score", "main", "table"]
+
+Image = NDArray[np.uint8]
+Flags = NDArray[np.bool_]
+
+CANVAS = (128, 128)
+CELL, TOKENS = 8, 64  # pixels of a latent cell; tokens of the canvas
+BATCH = 16
+SEED = 2_026
+NEAR = 8.0  # pixels by which an object may be off and still be the one
+GROWN = 3  # pixels around an object in which its outline is looked for
+BYTE = 255
+STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
+
+
+@dataclass
+class Score:
+    """Right of asked by name, means by name, and examples of faults."""
+
+    name: str
+    right: dict[str, list[bool]] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    pictures: list[Image] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def mark(self, what: str, right: bool, fault: str = "") -> None:
+        """Count one case."""
+        self.right.setdefault(what, []).append(bool(right))
+        if not right and fault:
+            self.faults.append(f"{what}: {fault}")
+
+    def value(self, what: str, number: float) -> None:
+        """Note one number, of which the mean is told."""
+        self.values.setdefault(what, []).append(float(number))
+
+    def rates(self) -> dict[str, float]:
+        """Shares and means by name."""
+        return {name: float(np.mean(cases)) for name, cases in {**self.right, **self.values}.items()}
+
+
+def fill(count: int, model: FluxModel | None = None) -> Score:
+    """Holes around an object, asked for by itself or by a sentence about the whole."""
+    score, model = Score("fill-mini"), model or files.open_mini(files.MINI_FILL)
+    rng = random.Random(f"measure/fill/{SEED}")
+    for start in range(0, count, BATCH):
+        examples = [fill_example(rng, CANVAS, mode="object", held_out=True) for _ in range(min(BATCH, count - start))]
+        examples = [example for example in examples if example.item is not None]
+        pictures = _pictures([example.picture for example in examples])
+        masks = torch.from_numpy(np.stack([example.mask for example in examples]))[:, None]
+        latents = fill_latents(FillInput(picture=pictures, mask=masks), model.autoencoder, (CANVAS[1], CANVAS[0]))
+        drawn = draw(model, [example.prompt for example in examples], [Channels(latents=latents)], SEED + start)
+        for example, image in zip(examples, drawn, strict=True):
+            assert example.item is not None
+            blobs = find_blobs(image)
+            rest = tuple(item for item in example.scene.items if item is not example.item)
+            found = [b for b in blobs if all(_distance(b, i) > NEAR for i in rest) and _inside(b, example.mask)]
+            kinds = [(b.colour, b.shape) for b in found]
+            wanted = (example.item.colour, example.item.shape)
+            score.mark("object in the hole", kinds == [wanted], f"{example.prompt!r} gave {kinds}, not {wanted}")
+            score.mark("rest kept", all(_is_there(i, blobs) for i in rest) and _same_ground(image, example.scene))
+            _keep(score, example.picture * (1 - example.mask[..., None]).astype(np.uint8), image)
+    return score
+
+
+def control(count: int, kind: str, model: FluxModel | None = None, lora: Any = None) -> Score:
+    """Edges or depth of a scene, with a sentence that tells colours."""
+    row = {"canny": files.MINI_CANNY, "depth": files.MINI_DEPTH}[kind]
+    score = Score(f"{kind}-mini{' LoRA' if lora is not None else ''}")
+    model = model or files.open_mini(files.MINI if lora is not None else row)
+    rng = random.Random(f"measure/{kind}/{SEED}")
+    for start in range(0, count, BATCH):
+        examples = [
+            control_example(rng, CANVAS, kind, held_out=True, sign_share=0.0) for _ in range(min(BATCH, count - start))
+        ]
+        latents = encode_picture(model.autoencoder, _pictures([example.control for example in examples]))
+        guides = [Channels(latents=latents, lora=lora)]
+        drawn = draw(model, [example.prompt for example in examples], guides, SEED + start)
+        for example, image in zip(examples, drawn, strict=True):
+            truth, seen = _covered(example.scene), measure(image).contrast > VISIBLE
+            score.value("IoU of outlines", _iou(truth, seen))
+            verdict = check(image, example.request)
+            for index in range(verdict.colour[1]):
+                score.mark("colours", index < verdict.colour[0], f"{example.prompt!r}: {'; '.join(verdict.faults)}")
+            for index in range(verdict.shape[1]):
+                score.mark("shapes", index < verdict.shape[0])
+            _keep(score, example.control, image)
+    return score
+
+
+def edit(count: int, model: FluxModel | None = None) -> Score:
+    """Instructions of every kind that changes one thing."""
+    score, model = Score("kontext-mini"), model or files.open_mini(files.MINI_KONTEXT)
+    rng = random.Random(f"measure/edit/{SEED}")
+    kinds = [kind for kind in EDITS if kind not in ("join", "nothing")]
+    for start in range(0, count, BATCH):
+        examples = [
+            edit_example(rng, CANVAS, kind=kinds[(start + k) % len(kinds)], held_out=True)
+            for k in range(min(BATCH, count - start))
+        ]
+        latents = encode_picture(model.autoencoder, _pictures([example.references[0] for example in examples]))
+        drawn = draw(model, [example.prompt for example in examples], [Reference(latents=latents)], SEED + start)
+        for example, image in zip(examples, drawn, strict=True):
+            _judge_edit(score, example, image)
+            _keep(score, example.references[0], image)
+    return score
+
+
+def _judge_edit(score: Score, example: EditExample, image: Image) -> None:
+    before, after = example.before, example.after
+    assert before is not None
+    assert after is not None
+    blobs, shown = find_blobs(image), measure(image)
+    kept = [item for item in after.items if item in before.items]
+    new = [item for item in after.items if item not in before.items]
+    gone = [item for item in before.items if item not in after.items]
+    done = all(_is_there(item, blobs) for item in new)
+    done = done and all(_is_there(item, blobs) == (item in after.items) for item in gone)
+    if example.kind == "background":
+        done = shown.background == after.background
+    seen = "; ".join(f"{b.colour} {b.shape} at ({b.x:.0f}, {b.y:.0f})" for b in blobs)
+    score.mark("change made", done, f"{example.prompt!r} gave {shown.background} with {seen}")
+    score.mark(f"change made: {example.kind}", done)
+    score.mark("rest: colours equal", all(_is_there(item, blobs) for item in kept), f"{example.prompt!r} gave {seen}")
+    score.mark("rest: background", shown.background == after.background)
+    for item in kept:
+        score.value("rest: IoU", _iou_of(item, shown.contrast > VISIBLE))
+
+
+def style(
+    count: int, model: FluxModel | None = None, strength: float = 1.0, redux: ReduxEncoder | None = None
+) -> Score:
+    """Scenes as references, with no prompt at all: which of their objects are there again, wherever."""
+    score, model = Score("redux-mini"), model or files.open_mini(files.MINI)
+    redux = redux or files.open_redux_mini()
+    rng = random.Random(f"measure/style/{SEED}")
+    for start in range(0, count, BATCH):
+        examples = [_whole_style(rng) for _ in range(min(BATCH, count - start))]
+        tokens = torch.cat([_style_tokens(redux, example.reference) for example in examples])
+        guides = [StyleTokens(tokens=tokens, strength=strength)]
+        drawn = draw(model, [""] * len(examples), guides, SEED + start)
+        for example, image in zip(examples, drawn, strict=True):
+            blobs = find_blobs(image)
+            wanted = [(item.colour, item.shape) for item in example.scene.items]
+            seen = [(b.colour, b.shape) for b in blobs]
+            for kind in wanted:
+                again = kind in seen
+                score.mark("colour and shape", again, f"{wanted} gave {seen}")
+                if again:
+                    seen.remove(kind)
+            colours, shapes = [b.colour for b in blobs], [b.shape for b in blobs]
+            for item in example.scene.items:
+                score.mark("colours", _taken(colours, item.colour))
+                score.mark("shapes", _taken(shapes, item.shape))
+            score.mark("background", measure(image).background == example.scene.background)
+            _keep(score, example.reference, image)
+    return score
+
+
+def _taken(found: list[str | None], wanted: str) -> bool:
+    """Whether something wanted is among what was found, of which it is taken out."""
+    if wanted not in found:
+        return False
+    found.remove(wanted)
+    return True
+
+
+def _whole_style(rng: random.Random) -> StyleExample:
+    while True:
+        example = style_example(rng, CANVAS, held_out=True)
+        if not example.prompt and example.keep.all():
+            return example
+
+
+def _style_tokens(redux: ReduxEncoder, reference: Image) -> Tensor:
+    views = vision_pixels(_pictures([reference]).movedim(1, -1), redux.tower.spec.side)
+    return redux.encode(ReduxPicture(views=views)).tokens
+
+
+def draw(model: FluxModel, prompts: Sequence[str], guides: Sequence[Guide], seed: int) -> list[Image]:
+    """Pictures (H, W, 3) of several prompts at once, with the model's own defaults; row k of a guide is prompt k's."""
+    spec = model.transformer.spec
+    encoded = [model.text.encode(prompt, length=spec.t5_length) for prompt in prompts]
+    together = EncodedPrompt(torch.cat([e.tokens for e in encoded]), torch.cat([e.pooled for e in encoded]))
+    cells = (CANVAS[1] // CELL, CANVAS[0] // CELL)
+    noise = draw_noise((spec.latent_channels, *cells), [seed + i for i in range(len(prompts))])
+    sigmas = plan_sigmas(spec, Request(prompt=""), TOKENS)
+    guided = Guidance(guides=guides)
+    latents = denoise(model.transformer, together, noise, sigmas, guidance=spec.guidance, guided=guided)
+    return list(decode(model, latents).numpy())
+
+
+def _pictures(images: Sequence[Image]) -> Tensor:
+    """(B, 3, H, W) in 0..1."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / BYTE
+
+
+def _mask(item: Item) -> Flags:
+    mask: Flags = shape_mask(item.shape, item.x, item.y, item.radius, *CANVAS) > 1 / 2
+    return mask
+
+
+def _covered(scene: Scene) -> Flags:
+    covered = np.zeros((CANVAS[1], CANVAS[0]), bool)
+    for item in scene.items:
+        covered |= _mask(item)
+    return covered
+
+
+def _iou(one: Flags, other: Flags) -> float:
+    union = float((one | other).sum())
+    return float((one & other).sum()) / union if union else 1.0
+
+
+def _iou_of(item: Item, seen: Flags) -> float:
+    """The IoU of an object with what is seen around its place."""
+    reach = item.radius + GROWN
+    rows, columns = (slice(max(0, round(c - reach * 1.2)), round(c + reach * 1.2)) for c in (item.y, item.x))
+    return _iou(_mask(item)[rows, columns], seen[rows, columns])
+
+
+def _distance(blob: Blob, item: Item) -> float:
+    return float(np.hypot(blob.x - item.x, blob.y - item.y))
+
+
+def _inside(blob: Blob, mask: NDArray[np.float32]) -> bool:
+    y, x = (min(max(int(c), 0), side - 1) for c, side in zip((blob.y, blob.x), mask.shape, strict=True))
+    return bool(mask[y, x] > 1 / 2)
+
+
+def _is_there(item: Item, blobs: Sequence[Blob]) -> bool:
+    """Whether an object of this colour and shape lies at this place."""
+    return any((b.colour, b.shape) == (item.colour, item.shape) and _distance(b, item) <= NEAR for b in blobs)
+
+
+def _same_ground(image: Image, scene: Scene) -> bool:
+    return measure(image).background == scene.background
+
+
+def _keep(score: Score, given: Image, made: Image) -> None:
+    score.pictures.append(np.concatenate((given, made), axis=1))
+
+
+MEASURES: dict[str, Callable[[int], Score]] = {
+    "fill": fill,
+    "canny": lambda count: control(count, "canny"),
+    "depth": lambda count: control(count, "depth"),
+    "canny LoRA": lambda count: control(count, "canny", lora=files.open_control_lora("canny")),
+    "depth LoRA": lambda count: control(count, "depth", lora=files.open_control_lora("depth")),
+    "edit": edit,
+    "style": style,
+}
+BARS = {
+    "object in the hole": 0.9, "IoU of outlines": 0.85, "colours": 0.9, "change made": 0.85, "rest: IoU": 0.9,
+    "colour and shape": 0.85,
+}  # fmt: skip
+
+
+def table(count: int, names: Sequence[str] | None = None) -> str:
+    """Rates of the embedded guided models as Markdown, beside their bars."""
+    rows = ["| model | what | measured | bar |", "|---|---|---|---|"]
+    began = time.monotonic()
+    for name in names or MEASURES:
+        score = MEASURES[name](count)
+        for what, rate in score.rates().items():
+            bar = BARS.get(what)
+            shown = f"{rate:.3f}" if "IoU" in what else f"{100 * rate:.1f} %"
+            least = "" if bar is None else f"≥ {bar:.2f}" if "IoU" in what else f"≥ {100 * bar:.0f} %"
+            rows.append(f"| {score.name} | {what} | {shown} | {least} |")
+    if names is None or "style" in names:
+        rows += ["", *_by_strength(count)]
+    seconds = time.monotonic() - began
+    return "\n".join((*rows, "", f"{count} held-out cases each, 128x128, defaults; {seconds:.0f} s in all."))
+
+
+def _by_strength(count: int) -> list[str]:
+    """How much of a reference is there again, by Redux strength."""
+    model, redux = files.open_mini(files.MINI), files.open_redux_mini()
+    shares = [style(count // 2, model, strength, redux).rates()["colour and shape"] for strength in STRENGTHS]
+    return [
+        f"| Redux strength | {' | '.join(f'{strength:g}' for strength in STRENGTHS)} |",
+        f"|---|{'---|' * len(STRENGTHS)}",
+        f"| colour and shape there again | {' | '.join(f'{100 * share:.0f} %' for share in shares)} |",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table, and faults and pictures if asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guided", description=__doc__)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--only", choices=sorted(MEASURES), action="append")
+    parser.add_argument("--faults", action="store_true", help="list what was wrong, of --only")
+    parser.add_argument("--sheet", type=Path, help="write pictures of --only to this PNG: what was given, what came")
+    options = parser.parse_args(arguments)
+    if not (options.faults or options.sheet):
+        sys.stdout.write(f"{table(options.count, options.only)}\n")
+        return 0
+    for name in options.only or MEASURES:
+        score = MEASURES[name](options.count)
+        lines = [f"{what}: {rate:.3f}" for what, rate in score.rates().items()]
+        sys.stdout.write("\n".join((f"## {score.name}", *lines, *score.faults)) + "\n")
+        if options.sheet:
+            _write_sheet(score.pictures, options.sheet.with_stem(f"{options.sheet.stem}-{name}"))
+    return 0
+
+
+def _write_sheet(pictures: Sequence[Image], path: Path, columns: int = 4) -> None:
+    from PIL import Image as Pillow
+
+    whole = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures) - columns + 1, columns)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Pillow.fromarray(np.concatenate(whole)).save(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

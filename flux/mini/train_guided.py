@@ -1,0 +1,267 @@
+"""Train the embedded models that pictures guide, each from ``flux1-mini``: Fill, Canny, Depth, Kontext and Redux.
+
+All learn by flow matching on ``examples`` drawn as they are needed. Guidance is drawn at random, so that they do as
+well with any; one prompt in ten is empty, so that classifier-free guidance works. Canny and Depth see no control in one
+case of ten, so that a strength between 0 and 1 has something to blend with.
+
+Shapes: B batch, C latent channels, h and w in latent cells.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models.autoencoder import Autoencoder
+from ..models.flux1 import Flux1
+from ..models.redux import Redux
+from ..models.vision.siglip import SiglipVision
+from ..ops.dtypes import fast_dtype
+from ..sampling.packing import pack
+from ..specs.flux1 import Flux1Spec
+from ..specs.vision import REDUX_MINI, SIGLIP_MINI
+from ..training.flow import TextBatch, flow_targets, predict_velocity, sample_times
+from .dataset import CANVASES, NATIVE
+from .examples import Image, control_example, edit_example, fill_example, style_example
+from .loop import FlowRecipe, Report, run_stage
+from .train_autoencoder import pixels_from_bytes
+from .train_flow import FrozenEncoders
+
+__all__ = ["Bench", "Style", "Trainee", "fill_channels", "train_style", "train_variant", "vision_view", "widened_start"]
+
+OTHER_SIZES_SHARE = 0.4  # of the steps, on another canvas than the native one
+EMPTY_SHARE = 0.1
+UNGUIDED_SHARE = 0.1
+GUIDANCE_RANGE = (1.0, 6.0)
+TIME_MEAN, TIME_DEVIATION = (
+    0.6,
+    1.4,
+)  # lower than the text model's: where things are is told, edges are still to be drawn
+CELL = 8  # pixels of a latent cell along each side, and mask channels of one along each
+COARSE_SHARE = 0.25  # of the steps with Redux tokens averaged to a coarser grid
+COARSE_GRIDS = (3, 5)
+IGNORED = -1e4  # added to the logits of tokens that are left out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a guided model is shown: latents to learn, prompts, and what guides it."""
+
+    latents: Tensor
+    text: TextBatch
+    channels: Tensor | None = None
+    references: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every stage works with: frozen encoders, autoencoder, and where it runs."""
+
+    autoencoder: Autoencoder
+    encoders: FrozenEncoders
+    device: str
+
+    @torch.no_grad()
+    def latents(self, pictures: Sequence[Image]) -> Tensor:
+        """Latents (B, C, h, w) of pictures (H, W, 3) of one size, in the transformer's space."""
+        pixels = torch.stack([pixels_from_bytes(picture) for picture in pictures])
+        return self.autoencoder.encode(pixels.contiguous(memory_format=torch.channels_last)).to(self.device)
+
+    def text(self, prompts: Sequence[str], rng: random.Random) -> TextBatch:
+        """Encoded prompts, a share of them empty."""
+        return self.encoders.encode(["" if rng.random() < EMPTY_SHARE else prompt for prompt in prompts])
+
+
+class Trainee:
+    """Makes a variant's batches.
+
+    Args:
+        task: What it learns: a spec's ``task``.
+        bench: Encoders.
+        size: Examples a batch.
+        seed: Of what is drawn.
+    """
+
+    def __init__(self, task: str, bench: Bench, size: int, seed: str) -> None:
+        self.task, self.bench, self.size, self.seed = task, bench, size, seed
+
+    def at(self, step: int) -> tuple[Batch, random.Random]:
+        """The batch of one step: a function of seed and step alone."""
+        rng = random.Random(f"{self.seed}/{step}")
+        canvas = NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
+        makers: dict[str, Callable[[random.Random, tuple[int, int]], Batch]] = {
+            "fill": self._fill, "canny": self._control, "depth": self._control, "edit": self._edit,
+        }  # fmt: skip
+        return makers[self.task](rng, canvas), rng
+
+    def _fill(self, rng: random.Random, canvas: tuple[int, int]) -> Batch:
+        examples = [fill_example(rng, canvas) for _ in range(self.size)]
+        masks = torch.from_numpy(np.stack([example.mask for example in examples]))[:, None]
+        pictures = [example.picture for example in examples]
+        channels = fill_channels(self.bench, pictures, masks)
+        return Batch(
+            self.bench.latents(pictures), self.bench.text([e.prompt for e in examples], rng), channels=channels
+        )
+
+    def _control(self, rng: random.Random, canvas: tuple[int, int]) -> Batch:
+        examples = [control_example(rng, canvas, self.task) for _ in range(self.size)]
+        channels = self.bench.latents([example.control for example in examples])
+        seen = torch.tensor([rng.random() >= UNGUIDED_SHARE for _ in examples], device=channels.device)
+        return Batch(
+            self.bench.latents([example.picture for example in examples]),
+            self.bench.text([example.prompt for example in examples], rng),
+            channels=channels * seen[:, None, None, None],
+        )
+
+    def _edit(self, rng: random.Random, canvas: tuple[int, int]) -> Batch:
+        """Instructions; pairs of references are few, and go into batches of their own."""
+        joins = rng.random() < JOINS_SHARE
+        kinds = ("join",) if joins else ALONE
+        examples = [edit_example(rng, canvas, kind=rng.choices(kinds, WEIGHTS[kinds])[0]) for _ in range(self.size)]
+        references = [
+            self.bench.latents([example.references[k] for example in examples]) for k in range(2 if joins else 1)
+        ]
+        prompts = self.bench.encoders.encode([example.prompt for example in examples])
+        return Batch(self.bench.latents([example.picture for example in examples]), prompts, references=references)
+
+
+JOINS_SHARE = 0.1
+ALONE = ("recolour", "remove", "add", "background", "reshape", "nothing")
+WEIGHTS = {("join",): (1.0,), ALONE: (4.0, 3.0, 4.0, 3.0, 2.0, 1.5)}
+
+
+def fill_channels(bench: Bench, pictures: Sequence[Image], masks: Tensor) -> Tensor:
+    """Fill's further channels (B, C + 64, h, w): the picture without what is masked, and the mask 8 x 8 to a cell.
+
+    Args:
+        bench: Encodes.
+        pictures: (H, W, 3) each.
+        masks: (B, 1, H, W), 1 where the picture is painted anew.
+    """
+    pixels = torch.stack([pixels_from_bytes(picture) for picture in pictures])
+    with torch.no_grad():
+        hidden = bench.autoencoder.encode((pixels * (1 - masks)).contiguous(memory_format=torch.channels_last))
+    folded = rearrange(masks, "b 1 (h p) (w q) -> b (p q) h w", p=CELL, q=CELL)
+    return torch.cat((hidden, folded), dim=1).to(bench.device)
+
+
+def widened_start(spec: Flux1Spec, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights for a variant with more input channels, which do nothing at first."""
+    start = {name: tensor.float().clone() for name, tensor in base.items()}
+    weight = start["img_in.weight"]
+    start["img_in.weight"] = F.pad(weight, (0, spec.in_channels - weight.shape[1]))
+    return start
+
+
+def train_variant(
+    folder: Path,
+    spec: Flux1Spec,
+    start: Mapping[str, Tensor],
+    bench: Bench,
+    recipe: FlowRecipe,
+    *,
+    seed: int,
+    report: Report,
+) -> Flux1:
+    """Train a variant from another model's weights; returns it with averaged weights.
+
+    Args:
+        folder: Of its checkpoint.
+        spec: Which variant.
+        start: Weights of a FLUX.1 of the same sizes; further input channels begin at zero.
+        bench: Encoders.
+        recipe: Steps and rates.
+        seed: Of what is drawn.
+        report: Told how far it is.
+    """
+    torch.manual_seed(seed)
+    model = Flux1(spec).to(bench.device)
+    model.load_state_dict(widened_start(spec, start))
+    batches = Trainee(spec.task, bench, recipe.batch, f"{spec.name}/{seed}")
+    compute = fast_dtype(torch.device(bench.device))
+
+    def loss(step: int) -> Tensor:
+        batch, rng = batches.at(step)
+        noisy, times, guidance, target = _drawn(batch.latents, rng)
+        with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
+            velocity = predict_velocity(
+                model, noisy, times, batch.text, guidance, channels=batch.channels, references=batch.references
+            )
+        return F.mse_loss(velocity.float(), target)
+
+    return run_stage(spec.name, model, loss, folder / f"{spec.name}.safetensors", recipe, seed, report)
+
+
+def _drawn(latents: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noisy latents, times, guidance and packed targets."""
+    count, device = len(latents), latents.device
+    times = sample_times(count, mean=TIME_MEAN, deviation=TIME_DEVIATION).to(device)
+    noisy, target = flow_targets(latents, torch.randn_like(latents), times)
+    guidance = torch.tensor([rng.uniform(*GUIDANCE_RANGE) for _ in range(count)], device=device)
+    return noisy, times, guidance, pack(target)
+
+
+class Style(nn.Module):
+    """The embedded vision tower with the embedded Redux adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = SiglipVision(SIGLIP_MINI)
+        self.redux = Redux(REDUX_MINI)
+
+    def forward(self, views: Tensor, grid: int | None = None) -> Tensor:
+        """Tokens (B, N, text width) of views (B, 3, side, side), averaged to a coarser grid where one is given."""
+        tokens: Tensor = self.redux(self.tower(views))
+        if grid is None:
+            return tokens
+        square = rearrange(tokens, "b (h w) c -> b c h w", h=SIGLIP_MINI.grid)
+        return rearrange(F.adaptive_avg_pool2d(square, grid), "b c h w -> b (h w) c")
+
+
+def vision_view(picture: Image) -> Tensor:
+    """A picture (H, W, 3) as the embedded tower sees it (3, side, side), in -1..1: stretched to its square."""
+    pixels = pixels_from_bytes(picture)[None]
+    side = SIGLIP_MINI.side
+    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
+
+
+def train_style(folder: Path, model: Flux1, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report) -> Style:
+    """Train tower and adapter together through the frozen text model; returns them with averaged weights."""
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    style = Style().to(bench.device)
+    compute = fast_dtype(torch.device(bench.device))
+
+    def loss(step: int) -> Tensor:
+        rng = random.Random(f"style/{seed}/{step}")
+        canvas = NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
+        examples = [style_example(rng, canvas) for _ in range(recipe.batch)]
+        noisy, times, guidance, target = _drawn(bench.latents([e.picture for e in examples]), rng)
+        views = torch.stack([vision_view(example.reference) for example in examples]).to(bench.device)
+        keep = F.adaptive_max_pool2d(torch.from_numpy(np.stack([e.keep for e in examples])), SIGLIP_MINI.grid)
+        grid = rng.choice(COARSE_GRIDS) if rng.random() < COARSE_SHARE else None
+        if grid is not None:
+            keep = F.adaptive_max_pool2d(keep, grid)
+        text = bench.encoders.encode([example.prompt for example in examples])
+        with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
+            tokens = style(views, grid)
+            joined = TextBatch(torch.cat((text.tokens, tokens), dim=1), text.pooled)
+            bias = _left_out(keep.flatten(1), text.tokens.shape[1], target.shape[1]).to(noisy.device)
+            velocity = predict_velocity(model, noisy, times, joined, guidance, bias=bias)
+        return F.mse_loss(velocity.float(), target)
+
+    return run_stage("style", style, loss, folder / "style.safetensors", recipe, seed, report)
+
+
+def _left_out(keep: Tensor, before: int, behind: int) -> Tensor:
+    """Bias (B, 1, 1, L) that leaves style tokens out where ``keep`` (B, N) is 0; they stand between text and image."""
+    bias = (keep == 0).float() * IGNORED
+    return F.pad(bias, (before, behind))[:, None, None]
