@@ -12,11 +12,16 @@ __all__ = [
     "NOISES",
     "SCHEDULERS",
     "SOLVERS",
+    "Commands",
+    "Group",
     "add_convert",
     "add_demo",
     "add_generate",
     "add_inspect",
     "add_models",
+    "add_shared",
+    "add_size",
+    "numbers",
 ]
 
 SOLVERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_snr")
@@ -65,12 +70,18 @@ def add_generate(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw; may be empty")
+    add_size(parser.add_argument_group("size"))
+    add_shared(parser, "mini or mini-schnell, which are inside the pack, or a transformer's .safetensors or .gguf file")
+    _add_start(parser.add_argument_group("starting from a picture"))
+
+
+def add_shared(parser: argparse.ArgumentParser, models: str) -> None:
+    """The options of every command that draws; ``models`` says which models it takes."""
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
-    _add_model(parser.add_argument_group("model"))
+    _add_model(parser.add_argument_group("model"), models)
     _add_output(parser.add_argument_group("output"))
     _add_picture(parser.add_argument_group("picture"))
     _add_sampling(parser.add_argument_group("sampling"))
-    _add_start(parser.add_argument_group("starting from a picture"))
 
 
 def add_inspect(commands: Commands) -> None:
@@ -140,14 +151,8 @@ class Group(Protocol):
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action: ...
 
 
-def _add_model(group: Group) -> None:
-    group.add_argument(
-        "--model",
-        default="mini",
-        metavar="NAME|FILE",
-        help="mini or mini-schnell, which are inside the pack, or a transformer's .safetensors or .gguf file "
-        "(default: mini)",
-    )
+def _add_model(group: Group, models: str) -> None:
+    group.add_argument("--model", default="mini", metavar="NAME|FILE", help=f"{models} (default: mini)")
     group.add_argument(
         "--variant",
         metavar="NAME",
@@ -182,9 +187,13 @@ def _add_output(group: Group) -> None:
     )
 
 
-def _add_picture(group: Group) -> None:
-    group.add_argument("--width", type=int, metavar="PIXELS", help="rounded to a multiple of 16 (default: the model's)")
+def add_size(group: Group, default: str = "the model's") -> None:
+    """The picture's size, where a command leaves it open."""
+    group.add_argument("--width", type=int, metavar="PIXELS", help=f"rounded to a multiple of 16 (default: {default})")
     group.add_argument("--height", type=int, metavar="PIXELS", help="likewise")
+
+
+def _add_picture(group: Group) -> None:
     group.add_argument(
         "--seed",
         type=int,
@@ -203,7 +212,7 @@ def _add_sampling(group: Group) -> None:
     group.add_argument("--solver", default="euler", help=f"{', '.join(SOLVERS)} (default: euler)")
     group.add_argument("--mu", type=float, help="shift of the schedule (default: from the size)")
     group.add_argument(
-        "--sigmas", type=_sigmas, metavar="1,...,0", help="explicit falling times in place of steps and scheduler"
+        "--sigmas", type=numbers, metavar="1,...,0", help="explicit falling times in place of steps and scheduler"
     )
     group.add_argument("--noise", default="comfyui", help=f"whose noise: {', '.join(NOISES)} (default: comfyui)")
 
@@ -214,8 +223,9 @@ def _add_start(group: Group) -> None:
     group.add_argument("--mask", type=Path, metavar="FILE", help="white where the picture may change")
 
 
-def _sigmas(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between them."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas, as 1,0.7,0.3,0") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas, as 1,0.5") from None

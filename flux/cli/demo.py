@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import Bar, say
+from .sheet import Link, draw_sheet
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
     from ..pipelines.text_to_image import FluxModel, Request
 
+    Finish = Callable[[Tensor], Tensor]
+
 __all__ = ["run"]
 
-COLUMNS = 4
-GAP = 6  # pixels between pictures on the sheet
 SEED = 7
 
 
@@ -55,55 +56,135 @@ SHOTS = (
 FROM_PICTURE = Shot("from-picture", "mini", "a red circle on the left and a green star on the right")
 DENOISE = 0.85  # of the picture made from the first one
 
+# The production chain, which begins with the first shot.
+HOLE = (68, 32, 120, 96)  # left, top, right, bottom: around the square on the right
+FILL_PROMPT = "a yellow star"
+EDIT_PROMPT = "make the circle green"
+VARIATIONS = 2
+
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw every shot, then one that starts from the first picture, and the sheet; returns the exit code."""
+    """Draw every shot, one that starts from the first picture, the chain, and the sheet; returns the exit code."""
     began = time.monotonic()
-    from ..images import save_picture, write_whole
+    from ..images import write_whole
     from ..mini.files import MINI, MINI_SCHNELL, open_mini
     from ..pipelines.text_to_image import Request
 
-    folder = Path(arguments.out)
     models = {"mini": open_mini(MINI), "mini-schnell": open_mini(MINI_SCHNELL)}
-    pictures: list[Tensor] = []
     with Bar(arguments.quiet) as bar:
-        for index, shot in enumerate((*SHOTS, FROM_PICTURE)):
-            request = Request(prompt=shot.prompt, width=shot.width, height=shot.height, seed=SEED)
-            if shot is FROM_PICTURE:
-                request = Request(prompt=shot.prompt, seed=SEED, image=pictures[0], denoise=DENOISE)
-            seconds, pixels, settings = _draw(models[shot.model], request)
-            path = folder / f"{shot.name}.png"
-            save_picture(path, pixels.numpy(), settings)
-            say(f"{path}  ({seconds:.1f} s)  {shot.prompt}")
-            pictures.append(pixels.permute(2, 0, 1)[None].float() / 255)
-            bar.show("pictures", index + 1, len(SHOTS) + 1)
-    sheet = _sheet([picture[0] for picture in pictures[: len(SHOTS)]])
-    path = folder / "sheet.png"
+        studio = _Studio(Path(arguments.out), bar, len(SHOTS) + 1 + (CHAIN_LENGTH if _has_chain() else 0))
+        pictures = [
+            studio.paint(
+                shot.name,
+                models[shot.model],
+                Request(prompt=shot.prompt, width=shot.width, height=shot.height, seed=SEED),
+            )
+            for shot in SHOTS
+        ]
+        studio.paint(
+            FROM_PICTURE.name, models[FROM_PICTURE.model],
+            Request(prompt=FROM_PICTURE.prompt, seed=SEED, image=pictures[0], denoise=DENOISE),
+        )  # fmt: skip
+        chain = _chain(studio, models["mini"], pictures[0]) if _has_chain() else []
+    sheet = draw_sheet(chain, [picture[0] for picture in pictures])
+    path = studio.folder / "sheet.png"
     write_whole(path, lambda file: sheet.save(file, "PNG"))
     say(str(path))
-    say(f"{len(pictures)} pictures in {time.monotonic() - began:.1f} s, start-up included")
+    say(f"{studio.done} pictures in {time.monotonic() - began:.1f} s, start-up included")
     return 0
 
 
-def _draw(model: FluxModel, request: Request) -> tuple[float, Tensor, dict[str, object]]:
-    """Seconds, bytes (H, W, 3) and settings of one picture."""
-    from ..pipelines.text_to_image import generate
+class _Studio:
+    """Draws pictures into a folder, and tells of each.
 
-    start = time.monotonic()
-    picture = generate(model, request)[0]
-    return time.monotonic() - start, picture.pixels, picture.settings
+    Args:
+        folder: Where they go.
+        bar: Shows how many there are.
+        total: How many there will be.
+    """
+
+    def __init__(self, folder: Path, bar: Bar, total: int) -> None:
+        self.folder, self.bar, self.total = folder, bar, total
+        self.done = 0
+
+    def paint(self, name: str, model: FluxModel, request: Request, finish: Finish | None = None) -> Tensor:
+        """One picture (1, 3, H, W) in 0..1; ``finish`` makes of (1, H, W, 3) what is written."""
+        from ..images import save_picture
+        from ..pipelines.text_to_image import generate
+        from .engine import as_numbers, as_pixels, channels_first
+
+        start = time.monotonic()
+        [picture] = generate(model, request)
+        pixels = picture.pixels if finish is None else as_pixels(finish(as_numbers(picture.pixels)))
+        path = self.folder / f"{name}.png"
+        save_picture(path, pixels.numpy(), picture.settings)
+        say(f"{path}  ({time.monotonic() - start:.1f} s)  {request.prompt}".rstrip())
+        self.done += 1
+        self.bar.show("pictures", self.done, self.total)
+        return channels_first(as_numbers(pixels))
 
 
-def _sheet(pictures: list[Tensor]) -> Image:
-    """Pictures (3, H, W) in 0..1 of one size, in rows on grey."""
-    import torch
-    from PIL import Image
+CHAIN_LENGTH = 2 + VARIATIONS  # pictures that it draws itself
 
-    height, width = pictures[0].shape[-2:]
-    rows = -(-len(pictures) // COLUMNS)
-    whole = torch.full((3, rows * (height + GAP) + GAP, COLUMNS * (width + GAP) + GAP), 0.5)
-    for index, picture in enumerate(pictures):
-        row, column = divmod(index, COLUMNS)
-        top, left = GAP + row * (height + GAP), GAP + column * (width + GAP)
-        whole[:, top : top + height, left : left + width] = picture
-    return Image.fromarray((whole * 255).round().byte().permute(1, 2, 0).numpy())
+
+def _has_chain() -> bool:
+    """Whether the models of the chain are inside the pack."""
+    from ..mini import files
+
+    needed = (
+        files.MINI_FILL.transformer, files.MINI_KONTEXT.transformer, files.REDUX_MINI_FILE, files.SIGLIP_MINI_FILE
+    )  # fmt: skip
+    return all(path.is_file() for path in needed)
+
+
+def _chain(studio: _Studio, mini: FluxModel, first: Tensor) -> list[Link]:
+    """Text, what Fill paints into a hole, what Redux makes of that, and what Kontext makes of one."""
+    from ..mini import files
+    from ..pipelines.guided import ReferenceInput
+    from ..pipelines.redux import ReduxPicture, style_guide
+    from ..pipelines.text_to_image import Request
+    from ..preprocess.vision import vision_pixels
+
+    height, width = first.shape[-2:]
+    holed, filled = _filled(studio, first)
+    encoder = files.open_redux_mini()
+    views = vision_pixels(filled.movedim(1, -1), encoder.tower.spec.side)
+    guide = style_guide(encoder.encode(ReduxPicture(views=views)))
+    variations = [
+        studio.paint(
+            f"chain-{3 + index}-redux", mini,
+            Request(prompt="", width=width, height=height, seed=SEED + index, inputs=[guide]),
+        )
+        for index in range(VARIATIONS)
+    ]  # fmt: skip
+    edited = studio.paint(
+        f"chain-{3 + VARIATIONS}-edit", files.open_mini(files.MINI_KONTEXT),
+        Request(prompt=EDIT_PROMPT, seed=SEED, inputs=[ReferenceInput(picture=variations[-1])]),
+    )  # fmt: skip
+    return [
+        Link(first[0], f'text: "{SHOTS[0].prompt}"'),
+        Link(holed[0], "a hole"),
+        Link(filled[0], f'Fill: "{FILL_PROMPT}"'),
+        *(Link(one[0], f"Redux: variation {index + 1}", follows=index == 0) for index, one in enumerate(variations)),
+        Link(edited[0], f'Kontext: "{EDIT_PROMPT}"'),
+    ]
+
+
+def _filled(studio: _Studio, first: Tensor) -> tuple[Tensor, Tensor]:
+    """A picture with a hole, and with what was painted there."""
+    from ..editing.inpaint import CropOptions, crop_for_inpaint, stitch
+    from ..mini import files
+    from ..pipelines.guided import GREY, FillInput
+    from ..pipelines.text_to_image import Request
+    from .engine import channels_first
+
+    model = files.open_mini(files.MINI_FILL)
+    left, top, right, bottom = HOLE
+    mask = first.new_zeros(1, *first.shape[-2:])
+    mask[:, top:bottom, left:right] = 1
+    crop = crop_for_inpaint(first.movedim(1, -1), mask, CropOptions(side=model.transformer.spec.native_side))
+    height, width = crop.picture.shape[1:3]
+    given = FillInput(picture=channels_first(crop.picture), mask=crop.mask[None])
+    request = Request(prompt=FILL_PROMPT, height=height, width=width, seed=SEED, inputs=[given])
+    filled = studio.paint("chain-2-fill", model, request, lambda painted: stitch(crop, painted))
+    return first * (1 - mask[None]) + GREY * mask[None], filled

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +19,66 @@ from ..pipelines.prompts import open_text_encoders
 from ..pipelines.text_to_image import FluxModel, Request
 from .files import ModelFiles
 
-__all__ = ["open_model", "request_of", "resolve_device"]
+__all__ = [
+    "Desk", "Job", "Warn", "as_numbers", "as_pixels", "channels_first", "guide_of", "make", "make_job", "mask_of",
+    "open_model", "picture_of", "request_of", "resolve_device", "strengths_of",
+]  # fmt: skip
 
+Warn = Callable[[str], None]
+
+BYTE_MAX = 255
+MAKERS = {  # modules whose ``make`` turns options and an opened model into a job
+    "generate": ".engine",
+    "fill": ".filling",
+    "outpaint": ".filling",
+    "control": ".controlling",
+    "redux": ".styling",
+    "edit": ".editing",
+}
 DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command draws.
+
+    Attributes:
+        model: Opened.
+        request: What to draw and how.
+        finish: Makes of a picture (H, W, 3), in bytes, what is written; None for the picture itself.
+        facts: Further settings, which go into the picture.
+        files: That were read beside the model's and the pictures, by role.
+    """
+
+    model: FluxModel
+    request: Request
+    finish: Callable[[Tensor], Tensor] | None = None
+    facts: Mapping[str, object] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a command makes its job of, beside its options."""
+
+    model: FluxModel
+    files: ModelFiles
+    seed: int
+    warn: Warn
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.transformer.device
+
+    @property
+    def side(self) -> int:
+        """Of the pictures that the model is used to, in pixels."""
+        return self.model.transformer.spec.native_side
 
 
 def open_model(files: ModelFiles, device: str, dtype: str, variant: str | None = None) -> FluxModel:
@@ -64,18 +121,38 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def request_of(arguments: argparse.Namespace, seed: int) -> Request:
-    """The request that the options of ``generate`` make.
+def make_job(arguments: argparse.Namespace, files: ModelFiles, seed: int, warn: Warn) -> Job:
+    """Open the model, and make of a command's options what it will draw.
+
+    Args:
+        arguments: Of one of the commands that draw.
+        files: From ``model_files``.
+        seed: Of the first picture.
+        warn: Told what is done otherwise than asked.
 
     Raises:
-        UserError: A picture cannot be read.
+        UserError: Something cannot be opened, or the options do not fit each other.
     """
+    module = importlib.import_module(MAKERS[arguments.command], __package__)
+    model = open_model(files, arguments.device, arguments.dtype, arguments.variant)
+    job: Job = module.make(arguments, Desk(model, files, seed, warn))
+    return job
+
+
+def make(arguments: argparse.Namespace, desk: Desk) -> Job:
+    """What ``generate`` draws."""
+    image = None if arguments.image is None else channels_first(picture_of(arguments.image))
+    mask = None if arguments.mask is None else mask_of(arguments.mask)[None]
+    size = {"width": arguments.width, "height": arguments.height}
+    return Job(desk.model, request_of(arguments, desk.seed, image=image, mask=mask, denoise=arguments.denoise, **size))
+
+
+def request_of(arguments: argparse.Namespace, seed: int, **fields: Any) -> Request:
+    """The request that the options make which all commands have, with further fields."""
     return Request(
         prompt=arguments.prompt,
         clip_prompt=arguments.clip_prompt,
         negative=arguments.negative,
-        width=arguments.width,
-        height=arguments.height,
         steps=arguments.steps,
         guidance=arguments.guidance,
         cfg=arguments.cfg,
@@ -86,12 +163,63 @@ def request_of(arguments: argparse.Namespace, seed: int) -> Request:
         sigmas=arguments.sigmas,
         solver=arguments.solver,
         noise=arguments.noise,
-        image=None if arguments.image is None else _channels_first(torch.from_numpy(read_picture(arguments.image))),
-        denoise=arguments.denoise,
-        mask=None if arguments.mask is None else torch.from_numpy(read_mask(arguments.mask))[None, None],
+        **fields,
     )
 
 
-def _channels_first(picture: Tensor) -> Tensor:
-    """(H, W, 3) to (1, 3, H, W)."""
-    return picture.permute(2, 0, 1)[None].contiguous()
+def guide_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """When and where an input acts, by the options."""
+    region = getattr(arguments, "region", None)
+    return {
+        "start": arguments.start,
+        "end": arguments.end,
+        "region": None if region is None else mask_of(region)[None],
+    }
+
+
+def strengths_of(arguments: argparse.Namespace, count: int) -> list[float]:
+    """A strength for each of several pictures.
+
+    Raises:
+        UserError: There is neither one for all nor one for each.
+    """
+    given: list[float] = arguments.strength
+    if len(given) not in (1, count):
+        raise UserError(
+            f"--strength has {len(given)} numbers for {count} picture{'s' if count > 1 else ''}; give one for all, or "
+            "one for each"
+        )
+    return given * count if len(given) == 1 else given
+
+
+def picture_of(path: Path) -> Tensor:
+    """A picture (1, H, W, 3) in 0..1.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    return torch.from_numpy(read_picture(path))[None]
+
+
+def mask_of(path: Path) -> Tensor:
+    """A mask (1, H, W) in 0..1, white is 1.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    return torch.from_numpy(read_mask(path))[None]
+
+
+def channels_first(picture: Tensor) -> Tensor:
+    """(B, H, W, 3) to (B, 3, H, W)."""
+    return picture.permute(0, 3, 1, 2).contiguous()
+
+
+def as_numbers(pixels: Tensor) -> Tensor:
+    """Bytes (H, W, 3) to (1, H, W, 3) in 0..1."""
+    return pixels[None].float() / BYTE_MAX
+
+
+def as_pixels(picture: Tensor) -> Tensor:
+    """(1, H, W, 3) in 0..1 to bytes (H, W, 3); of what came from bytes, the same again."""
+    return (picture[0].clamp(0, 1) * BYTE_MAX).round().to(torch.uint8)

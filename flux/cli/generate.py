@@ -1,4 +1,4 @@
-"""``python -m flux generate``: from options to pictures in files, in numbered steps."""
+"""``python -m flux generate``, and every other command that draws: from options to pictures in files."""
 
 from __future__ import annotations
 
@@ -6,87 +6,121 @@ import argparse
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import MissingFileError, UserError
 from ..images import save_picture
 from .arguments import DEVICES, DTYPES, NOISES
 from .console import Bar, note, say
-from .files import ModelFiles, model_files
+from .files import model_files
 from .output import Output
+from .purposes import purpose_of
 
 if TYPE_CHECKING:
-    from ..pipelines.text_to_image import FluxModel, Request
+    from ..pipelines.text_to_image import Picture
+    from .engine import Job
     from .record import Clock, Record
 
 __all__ = ["run"]
 
 RANDOM_SEEDS = 2**32  # short enough to type again
+PICTURES = ("image", "mask", "reference", "region")  # options that name them
 
 Tell = Callable[[str], None]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw what the options ask for; returns the exit code."""
-    tell: Tell = (lambda _: None) if arguments.quiet else note
+    """Draw what the options of any command that draws ask for; returns the exit code."""
+    notes: list[str] = []
+
+    def tell(sentence: str) -> None:
+        if not arguments.quiet:
+            note(sentence)
+
+    def warn(sentence: str) -> None:
+        notes.append(sentence)
+        tell(sentence)
+
     # 1. What can be known without the engine, so that mistakes answer at once.
     began = time.monotonic()
+    purpose = purpose_of(arguments)
     _check_words(arguments)
-    output = Output(arguments.out, arguments.model, arguments.count, with_record=arguments.record)
+    output = Output(arguments.out, purpose.resolve(arguments.model), arguments.count, with_record=arguments.record)
     output.check()
-    files = model_files(arguments)
+    given = _given_pictures(arguments)
+    files = model_files(arguments, purpose)
     seed = secrets.randbelow(RANDOM_SEEDS) if arguments.seed is None else arguments.seed
     # 2. The engine, which brings torch.
-    model, request, record, clock = _open(arguments, files, seed, began)
+    from .engine import make_job
+    from .record import Clock, Record
+
+    clock = Clock(began)
+    job = make_job(arguments, files, seed, warn)
+    clock.lap("opening")
     if arguments.seed is None:
         tell(f"seed {seed} was drawn; --seed {seed} gives the same again")
-    for remark in model.transformer.notes:
+    for remark in job.model.transformer.notes:
         tell(remark)
     # 3. Pictures, each written as soon as it is there.
-    _draw(model, request, output, record, clock, Bar(arguments.quiet), tell)
+    record = Record(files, job.model, {**given, **job.files}, notes)
+    _draw(job, output, record, clock, Bar(arguments.quiet), warn, tell)
     # 4. The record.
     if arguments.record:
         say(str(record.write(output.record_path(record.pictures[0][0]), clock.seconds)))
     return 0
 
 
-def _open(
-    arguments: argparse.Namespace, files: ModelFiles, seed: int, began: float
-) -> tuple[FluxModel, Request, Record, Clock]:
-    from .engine import open_model, request_of
-    from .record import Clock, Record
-
-    clock = Clock(began)
-    request = request_of(arguments, seed)
-    model = open_model(files, arguments.device, arguments.dtype, arguments.variant)
-    clock.lap("opening")
-    given = {role: getattr(arguments, role) for role in ("image", "mask")}
-    return model, request, Record(files, model, {role: path for role, path in given.items() if path}), clock
-
-
-def _draw(
-    model: FluxModel, request: Request, output: Output, record: Record, clock: Clock, bar: Bar, tell: Tell
-) -> None:
+def _draw(job: Job, output: Output, record: Record, clock: Clock, bar: Bar, warn: Tell, tell: Tell) -> None:
     from ..pipelines.denoising import Hooks
     from ..pipelines.text_to_image import generate_each
-
-    def warn(sentence: str) -> None:
-        record.notes.append(sentence)
-        tell(sentence)
 
     def progress(stage: str, done: int, total: int) -> None:
         clock.lap(stage)
         bar.show(stage, done, total)
 
     with bar:
-        for index, picture in enumerate(generate_each(model, request, Hooks(progress=progress, warn=warn))):
+        for index, drawn in enumerate(generate_each(job.model, job.request, Hooks(progress=progress, warn=warn))):
+            picture = _finished(drawn, job)
+            if job.finish is not None:
+                clock.lap("finishing")
             path = output.path(index, picture.seed)
             save_picture(path, picture.pixels.numpy(), picture.settings)
             clock.lap("saving")
             record.add(path, picture)
-            if request.count > 1:
+            if job.request.count > 1:
                 tell(f"{path.name} has seed {picture.seed}")
             say(str(path))
+
+
+def _finished(picture: Picture, job: Job) -> Picture:
+    """A picture as it is written, with all its settings."""
+    settings = {**picture.settings, **job.facts}
+    if job.finish is None:
+        return replace(picture, settings=settings)
+    pixels = job.finish(picture.pixels)
+    height, width = pixels.shape[:2]
+    if pixels.shape != picture.pixels.shape:
+        settings |= {"width": width, "height": height, "drawn_size": list(picture.pixels.shape[1::-1])}
+    return replace(picture, pixels=pixels, settings=settings)
+
+
+def _given_pictures(arguments: argparse.Namespace) -> dict[str, Path]:
+    """The pictures that options name, by what they are for.
+
+    Raises:
+        MissingFileError: One is not there.
+    """
+    found: dict[str, Path] = {}
+    for role in PICTURES:
+        value = getattr(arguments, role, None)
+        paths = value if isinstance(value, list) else [value] if value is not None else []
+        found |= {role if len(paths) == 1 else f"{role} {index + 1}": path for index, path in enumerate(paths)}
+    for path in found.values():
+        if not path.is_file():
+            raise MissingFileError(f"the picture {path} was not found; check the name and the folder")
+    return found
 
 
 def _check_words(arguments: argparse.Namespace) -> None:

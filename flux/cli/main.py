@@ -16,7 +16,9 @@ from typing import NoReturn
 from ..errors import Cancelled, FluxFoundryError, NumericError, UserError
 from ..version import VERSION
 from .arguments import add_convert, add_demo, add_generate, add_inspect, add_models
+from .arguments_guided import add_control, add_edit, add_fill, add_outpaint, add_redux
 from .console import fault
+from .purposes import DRAWING
 
 __all__ = ["main"]
 
@@ -65,7 +67,7 @@ def _end(*_: object) -> NoReturn:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.command == "generate":
+    if arguments.command in DRAWING:
         from .generate import run
     elif arguments.command == "inspect":
         from .inspect import run
@@ -106,11 +108,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m flux", description="FLUX from a prompt to a picture, without ComfyUI.")
+    parser = _Parser(prog="python -m flux", description="FLUX from prompts and pictures to pictures, without ComfyUI.")
     parser.add_argument("--version", action="version", version=f"FLUX Foundry {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     adders: tuple[Callable[[argparse._SubParsersAction[_Parser]], None], ...] = (
         add_generate,
+        add_fill,
+        add_outpaint,
+        add_control,
+        add_redux,
+        add_edit,
         add_inspect,
         add_convert,
         add_models,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,15 @@ class Record:
     Args:
         files: Of the model.
         model: Opened from them.
-        given: Pictures that the run began with, by role.
+        given: What else the run read, by role: pictures, adapters.
+        notes: What was done otherwise than asked; may grow until the record is written.
     """
 
-    def __init__(self, files: ModelFiles, model: FluxModel, given: Mapping[str, Path] | None = None) -> None:
-        self.files, self.model, self.given = files, model, dict(given or {})
+    def __init__(
+        self, files: ModelFiles, model: FluxModel, given: Mapping[str, Path], notes: Sequence[str] = ()
+    ) -> None:
+        self.files, self.model, self.given, self.notes = files, model, dict(given), notes
         self.pictures: list[tuple[Path, Picture]] = []
-        self.notes: list[str] = list(model.transformer.notes)
 
     def add(self, path: Path, picture: Picture) -> None:
         """Note a picture that was written to ``path``."""
@@ -84,14 +86,18 @@ class Record:
             "versions": _versions(),
             "device": _device_facts(self.model.transformer.device),
             "dtypes": {role: str(dtype).removeprefix("torch.") for role, dtype in dtypes.items()},
-            "files": _file_facts({**vars(self.files), **self.given}),
+            "files": _file_facts({**_present(self.files), **self.given}),
             "pictures": [
                 {"file": path.name, "sha256": _sha256(path), "seed": picture.seed, "settings": picture.settings}
                 for path, picture in self.pictures
             ],
             "seconds": {stage: round(value, DIGITS) for stage, value in seconds.items()},
-            "notes": self.notes,
+            "notes": [*model.transformer.notes, *self.notes],
         }
+
+
+def _present(files: ModelFiles) -> dict[str, Path]:
+    return {role: path for role, path in vars(files).items() if path is not None}
 
 
 def _versions() -> dict[str, str]:

@@ -117,7 +117,7 @@ def test_a_file_that_is_missing(refused, tmp_path, option):
 
 def test_a_model_that_is_not_known(refused):
     message = refused(model="flux9")
-    assert "no model and no file named 'flux9'; give mini, mini-schnell, flux1-mini, flux1-mini-schnell, or" in message
+    assert "no model and no file named 'flux9'; give mini, mini-schnell, kontext-mini, or the path of" in message
 
 
 def test_a_known_model_without_its_file(refused):
@@ -245,8 +245,8 @@ def test_a_transformer_that_lacks_a_tensor(refused, tmp_path):
 def test_a_model_that_edits_pictures(refused, tmp_path):
     path = write_module(tmp_path / "odd.safetensors", Flux1(replace(TINY, in_channels=128)))
     said = refused(model=path, clip=None, t5=None, vae=None, tokenizers=None)
-    assert "takes 128 input channels" in said
-    assert "cannot draw from a prompt alone; choose a text-to-image model" in said
+    assert "(another size) follows the edges of a picture and cannot draw from a prompt alone" in said
+    assert "choose a text-to-image model, or run this one by `python -m flux control --type canny`" in said
     assert "more files" not in said
 
 

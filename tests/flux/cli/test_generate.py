@@ -14,13 +14,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux.cli import arguments, files
+from flux.cli import arguments, arguments_guided, files
 from flux.cli.console import Bar
+from flux.editing.outpaint import ANCHORS
 from flux.images import read_settings
-from flux.mini.files import MINI, MINI_SCHNELL
+from flux.mini.files import (
+    CONTROL_LORAS,
+    MINI,
+    MINI_CANNY,
+    MINI_DEPTH,
+    MINI_FILL,
+    MINI_KONTEXT,
+    MINI_SCHNELL,
+    REDUX_MINI_FILE,
+    SIGLIP_MINI_FILE,
+)
+from flux.models.positions import LAYOUTS
+from flux.pipelines.guided import ROUNDINGS
+from flux.preprocess.control import FITS
+from flux.preprocess.depth import NORMALISATIONS
+from flux.preprocess.references import REFERENCE_FITS
+from flux.preprocess.vision import VIEWS
 from flux.sampling.noise import NOISE_STYLES
 from flux.sampling.schedules import SCHEDULES
 from flux.sampling.solvers import SOLVERS
+from flux.specs.flux1 import FLUX1
 from flux.version import VERSION
 from tests.conftest import ROOT
 
@@ -209,7 +227,9 @@ def test_control_c_ends_with_130_and_leaves_nothing(tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "error: interrupted; no file was left half written\n"
+    *notes, last = err.splitlines()
+    assert last == "error: interrupted; no file was left half written"
+    assert all(line.startswith("note: ") for line in notes)
     assert os.listdir(tmp_path) == []
 
 
@@ -221,6 +241,26 @@ def test_help_needs_no_torch_and_lists_what_there_is():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     for option in ("--width", "--guidance", "--record", "--tokenizers", "--denoise", "dpmpp_2m"):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fill", ("IMAGE MASK PROMPT", "--grow", "--blur", "--context", "--no-crop", "--rounding", "fill-mini")),
+        ("outpaint", ("IMAGE PROMPT", "--left", "--aspect", "--feather", "--anchor", "fill-mini")),
+        ("control", ("--type {canny,depth,image}", "--ready", "--depth-model", "--lora", "--save-control")),
+        ("redux", ("IMAGE [IMAGE ...]", "--strength S[,S...]", "--grid", "--tokens", "--vision", "--strength-mode")),
+        ("edit", ("IMAGE PROMPT", "--reference", "--layout", "--budget", "kontext-mini")),
+    ],
+)
+def test_help_of_guided_commands_begins_with_what_they_take_and_ends_with_examples(flux, command, words):
+    said = flux(command, "--help")
+    text = "\n".join(said.out)
+    assert said.code == 0
+    assert said.out[0] == f"usage: python -m flux {command} {words[0]} [options]" or words[0] in said.out[0]
+    for word in (*words, "--start", "--model", "--out", "--seed", "--record", "--steps", "examples:"):
+        assert word in text
+    assert f"  python -m flux {command} " in text[text.index("examples:") :]
 
 
 def test_nothing_brings_the_compiler_in(tmp_path):
@@ -243,11 +283,25 @@ def test_the_names_in_the_help_are_the_engine_s():
     assert set(arguments.NOISES) == set(NOISE_STYLES) - {"comfyui_batch"}  # one draw for a batch: has no seed an image
 
 
+def test_the_names_in_the_help_of_guided_commands_are_the_engine_s():
+    assert arguments_guided.ROUNDINGS == ROUNDINGS
+    assert arguments_guided.ANCHORS == ANCHORS
+    assert arguments_guided.CONTROL_FITS == FITS
+    assert set(arguments_guided.DEPTH_SCALES) < set(NORMALISATIONS)
+    assert arguments_guided.VIEWS == VIEWS
+    assert arguments_guided.REFERENCE_FITS == REFERENCE_FITS
+    assert arguments_guided.LAYOUTS == LAYOUTS
+
+
 def test_the_embedded_files_are_the_package_s():
-    assert [files.WEIGHTS / f"{name}.safetensors" for name in files.EMBEDDED] == [
-        MINI.transformer,
-        MINI_SCHNELL.transformer,
-    ]
+    own = [MINI, MINI_SCHNELL, MINI_FILL, MINI_CANNY, MINI_DEPTH, MINI_KONTEXT]
+    assert [files.WEIGHTS / FLUX1[name].files[0] for name in files.EMBEDDED] == [row.transformer for row in own]
+    assert files.EMBEDDED_LORAS == CONTROL_LORAS
+    parts = {
+        "clip-mini": MINI.clip, "t5-mini": MINI.t5, "flux1-mini-ae": MINI.autoencoder,
+        "siglip-mini": SIGLIP_MINI_FILE, "flux1-redux-mini": REDUX_MINI_FILE,
+    }  # fmt: skip
+    assert parts == files.EMBEDDED_PARTS
 
 
 def test_the_bar_is_shown_on_a_terminal_only(capfd, monkeypatch):

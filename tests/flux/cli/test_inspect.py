@@ -10,6 +10,7 @@ from flux.models.flux1 import Flux1
 from flux.ops.layers import on_meta
 from flux.pipelines.describe import human_bytes
 from flux.specs.flux1 import FLUX1
+from tests.fixtures.listings import redux, siglip_whole
 from tests.tiny import write_header_only
 
 
@@ -81,6 +82,24 @@ def test_files_that_do_not_fit_the_transformer_among_them_are_told(flux, dev, ti
     told = json.loads("\n".join(flux("inspect", "--json", dev, tiny.t5).out))
     assert [len(facts["does_not_fit"]) for facts in told] == [1, 0]
     assert not any("but" in line for line in flux("inspect", tiny.transformer, tiny.clip, tiny.t5).out)
+
+
+def test_vision_towers_and_redux_are_told_in_full(flux, tmp_path):
+    tower = write_header_only(tmp_path / "model.safetensors", siglip_whole())
+    adapter = write_header_only(tmp_path / "redux.safetensors", redux(), dtype="F16")
+    text = "\n".join(flux("inspect", tower).out)
+    assert "the SigLIP so400m vision tower (patch 14, 384 pixels)" in text
+    assert "width 1152, layers 27, heads 16, mlp_width 4304, patch 14, side 384" in text
+    text = "\n".join(flux("inspect", adapter).out)
+    assert "the FLUX.1 Redux [dev] adapter (image prompts)" in text
+    assert "vision_width 1152, text_width 4096, tower siglip-so400m-384" in text
+
+
+def test_redux_that_does_not_fit_the_model_beside_it_is_told(flux, tiny, tmp_path):
+    adapter = write_header_only(tmp_path / "redux.safetensors", redux())
+    text = "\n".join(flux("inspect", tiny.transformer, adapter).out)
+    assert "redux.safetensors is the FLUX.1 Redux [dev] adapter (image prompts), but tiny.safetensors is" in text
+    assert "whose text tokens are 192 wide, not 4096" in text
 
 
 @pytest.mark.parametrize(
