@@ -35,7 +35,7 @@ from ..weights.renames.tables import Change, Row
 from ..weights.sources import Checkpoint, Source, open_checkpoint
 
 __all__ = [
-    "Attachment", "ControlLora", "LowRank", "attached", "check_control_lora", "control_lora_tensors",
+    "Attachment", "ControlLora", "LowRank", "attached", "check_control_lora", "control_lora_of", "control_lora_tensors",
     "random_control_lora", "read_control_lora",
 ]  # fmt: skip
 
@@ -173,6 +173,17 @@ def control_lora_tensors(lora: ControlLora) -> dict[str, Tensor]:
         if branch.bias is not None:
             tensors[f"{path}.lora_B.bias"] = branch.bias
     return tensors | dict(lora.norms)
+
+
+def control_lora_of(tensors: Mapping[str, Tensor], name: str) -> ControlLora:
+    """A control LoRA over tensors by Black Forest Labs' names, as ``control_lora_tensors`` gives them, of FLUX.1."""
+    layers = {
+        path: LowRank(down, tensors[f"{path}.lora_B.weight"], tensors.get(f"{path}.lora_B.bias"))
+        for key, down in tensors.items()
+        if (path := key.removesuffix(".lora_A.weight")) != key
+    }
+    norms = {key: tensor for key, tensor in tensors.items() if key.endswith(".scale")}
+    return ControlLora(name, layers, norms, layers[ENTRY].down.shape[1] - NOISY_CHANNELS)
 
 
 def random_control_lora(

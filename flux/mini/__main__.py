@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .build import FLOW_STAGES, STAGES, Builder
+from .build import FLOW_STAGES, GUIDED_STAGES, STAGES, Builder
 
 __all__ = ["main"]
 
@@ -48,12 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
         from_shipped=options.from_shipped,
     )
     began = time.monotonic()
-    for stage in options.stage or (FLOW_STAGES if options.from_shipped else STAGES):
+    stages = options.stage or (FLOW_STAGES if options.from_shipped else STAGES)
+    for stage in stages:
         start = time.monotonic()
         builder.run(stage)
         _say(f"{stage}: done in {(time.monotonic() - start) / 60:.1f} minutes")
     if options.install:
-        builder.install()
+        if not set(stages) <= set(GUIDED_STAGES):
+            builder.install()
+        builder.install_guided()
     _say(f"all: {(time.monotonic() - began) / 60:.1f} minutes")
     return 0
 

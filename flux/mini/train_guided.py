@@ -20,13 +20,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters.control_lora import ControlLora, attached, control_lora_of, control_lora_tensors
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..models.redux import Redux
 from ..models.vision.siglip import SiglipVision
 from ..ops.dtypes import fast_dtype
 from ..sampling.packing import pack
-from ..specs.flux1 import Flux1Spec
+from ..specs.flux1 import MINI, Flux1Spec
 from ..specs.vision import REDUX_MINI, SIGLIP_MINI
 from ..training.flow import TextBatch, flow_targets, predict_velocity, sample_times
 from .dataset import CANVASES, NATIVE
@@ -35,7 +36,10 @@ from .loop import FlowRecipe, Report, run_stage
 from .train_autoencoder import pixels_from_bytes
 from .train_flow import FrozenEncoders
 
-__all__ = ["Bench", "Style", "Trainee", "fill_channels", "train_style", "train_variant", "vision_view", "widened_start"]
+__all__ = [
+    "Bench", "Style", "Trainee", "extracted_lora", "fill_channels", "train_control_lora", "train_style",
+    "train_variant", "trained_lora_tensors", "vision_view", "widened_start",
+]  # fmt: skip
 
 OTHER_SIZES_SHARE = 0.4  # of the steps, on another canvas than the native one
 EMPTY_SHARE = 0.1
@@ -265,3 +269,94 @@ def _left_out(keep: Tensor, before: int, behind: int) -> Tensor:
     """Bias (B, 1, 1, L) that leaves style tokens out where ``keep`` (B, N) is 0; they stand between text and image."""
     bias = (keep == 0).float() * IGNORED
     return F.pad(bias, (before, behind))[:, None, None]
+
+
+LORA_RANK = 32
+STROKE = "/"  # in place of the dots, which torch has for itself
+
+
+class TrainedLora(nn.Module):
+    """A control LoRA's tensors as the parameters of a module, and the LoRA itself over them."""
+
+    def __init__(self, lora: ControlLora) -> None:
+        super().__init__()
+        for name, tensor in control_lora_tensors(lora).items():
+            self.register_parameter(name.replace(".", STROKE), nn.Parameter(tensor.detach().clone()))
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by Black Forest Labs' names."""
+        return {name.replace(STROKE, "."): tensor for name, tensor in self.named_parameters()}
+
+    def lora(self, name: str) -> ControlLora:
+        """The LoRA whose tensors these are."""
+        return control_lora_of(self.named(), name)
+
+
+def trained_lora_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A trained LoRA's state dict by Black Forest Labs' names."""
+    return {name.replace(STROKE, "."): tensor for name, tensor in state.items()}
+
+
+def extracted_lora(base: Mapping[str, Tensor], full: Mapping[str, Tensor], rank: int, name: str) -> ControlLora:
+    """What sets a control model apart from a text model, as a control LoRA: of each matrix the best approximation.
+
+    The difference of two weights is cut to ``rank`` by its singular values (Eckart and Young 1936), which are shared
+    out evenly between both factors; differences of biases and the control model's norms are taken as they are.
+
+    Args:
+        base: A text model's weights by name.
+        full: Those of a control model of the same sizes, whose ``img_in`` has more columns.
+        rank: Of every branch, less where a matrix has fewer rows or columns.
+        name: What the LoRA is called.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in full.items():
+        if key.endswith(".scale"):
+            tensors[key] = tensor.clone()
+        elif key.endswith(".weight"):
+            layer = key.removesuffix(".weight")
+            own = F.pad(base[key], (0, tensor.shape[1] - base[key].shape[1]))
+            u, s, v = torch.linalg.svd(tensor - own, full_matrices=False)
+            root = s[:rank].sqrt()
+            tensors[f"{layer}.lora_A.weight"] = (root[:, None] * v[:rank]).contiguous()
+            tensors[f"{layer}.lora_B.weight"] = (u[:, :rank] * root).contiguous()
+            tensors[f"{layer}.lora_B.bias"] = full[f"{layer}.bias"] - base[f"{layer}.bias"]
+    return control_lora_of(tensors, name)
+
+
+def train_control_lora(
+    folder: Path,
+    task: str,
+    base: Mapping[str, Tensor],
+    full: Mapping[str, Tensor],
+    bench: Bench,
+    recipe: FlowRecipe,
+    *,
+    seed: int,
+    report: Report,
+) -> dict[str, Tensor]:
+    """Train a control LoRA on the text model, from what can be extracted of the control model.
+
+    Returns:
+        Its averaged tensors by Black Forest Labs' names.
+    """
+    torch.manual_seed(seed)
+    model = Flux1(MINI).to(bench.device).requires_grad_(False)
+    model.load_state_dict(base)
+    name = f"{task}-lora"
+    trained = TrainedLora(extracted_lora(base, full, LORA_RANK, name)).to(bench.device)
+    batches = Trainee(task, bench, recipe.batch, f"{name}/{seed}")
+    compute = fast_dtype(torch.device(bench.device))
+
+    def loss(step: int) -> Tensor:
+        batch, rng = batches.at(step)
+        noisy, times, guidance, target = _drawn(batch.latents, rng)
+        with (
+            torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32),
+            attached(model, [trained.lora(name)]),
+        ):
+            velocity = predict_velocity(model, noisy, times, batch.text, guidance, channels=batch.channels)
+        return F.mse_loss(velocity.float(), target)
+
+    run_stage(name, trained, loss, folder / f"{name}.safetensors", recipe, seed, report)
+    return {key: tensor.detach() for key, tensor in trained.named().items()}

@@ -345,9 +345,9 @@ def _nearest(family: _Family, fields: Fields) -> list[TransformerSpec]:
 
 # What shapes cannot tell.
 
-TITLE_KEY = "modelspec.title"
+TITLE_KEYS = ("modelspec.title", "general.name")
 METADATA_KEYS = (
-    TITLE_KEY, "modelspec.architecture", "general.name", "general.basename", "general.finetune",
+    "modelspec.title", "modelspec.architecture", "general.name", "general.basename", "general.finetune",
 )  # fmt: skip
 WORDS = {  # of specs' names, and how people write them in texts of small letters
     "kontext": re.compile("kontext"),
@@ -367,7 +367,7 @@ def _choose(
         return fitting[0], ()
     if chosen is not None:
         return chosen, (f"taken for {chosen.title}, as it was chosen; {_others(fitting, chosen)}",)
-    titled = [row for row in fitting if row.title == hints.metadata.get(TITLE_KEY)]
+    titled = [row for row in fitting if row.title in (hints.metadata.get(key) for key in TITLE_KEYS)]
     if titled:
         return titled[0], ()
     for source, text in _texts(hints):

@@ -13,16 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from flux.adapters.control_lora import check_control_lora, read_control_lora
 from flux.mini import __main__ as command
 from flux.mini import build, train_autoencoder, train_flow, train_text
-from flux.mini.build import FLOW_STAGES, STAGES, preview_factors
+from flux.mini.build import FLOW_STAGES, GUIDED_STAGES, STAGES, preview_factors
+from flux.mini.files import CONTROL_LORAS, REDUX_MINI_FILE, SIGLIP_MINI_FILE, MiniFiles, open_mini
 from flux.mini.files import FOLDER as SHIPPED
-from flux.mini.files import MiniFiles, open_mini
 from flux.mini.train_autoencoder import AutoencoderRecipe, psnr_on_fresh_scenes
 from flux.mini.train_text import TextRecipe
+from flux.pipelines.parts import open_transformer
+from flux.pipelines.redux import open_redux_encoder
 from flux.specs.autoencoder import MINI as MINI_AUTOENCODER
-from flux.specs.flux1 import MINI, MINI_SCHNELL
+from flux.specs.flux1 import CANNY_MINI, DEPTH_MINI, FILL_MINI, KONTEXT_MINI, MINI, MINI_SCHNELL
 from flux.specs.text import CLIP_MINI, T5_MINI
+from flux.specs.vision import REDUX_MINI, SIGLIP_MINI
 from flux.training.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -60,6 +64,7 @@ def short_build(tmp_path, monkeypatch):
         "BASE": stage,
         "GUIDED": stage,
         "SCHNELL": stage,
+        "GUIDED_RECIPES": dict.fromkeys(GUIDED_STAGES, stage),
         "PREVIEW_SCENES": 2,
         "psnr_on_fresh_scenes": functools.partial(psnr_on_fresh_scenes, count=1),
     }
@@ -110,6 +115,34 @@ def test_a_whole_build_installs_files_that_open(short_build, capsys):
         assert opened.autoencoder.spec == MINI_AUTOENCODER
         with opened.transformer.resident() as transformer:
             assert all(bool(parameter.isfinite().all()) for parameter in transformer.parameters())
+
+
+def test_guided_parts_are_installed_so_that_they_open(short_build):
+    folder, target, lines = short_build / "checkpoints", short_build / "weights", []
+    shutil.copytree(SHIPPED, target)
+    for path in target.iterdir():
+        if any(word in path.name for word in ("fill", "canny", "depth", "kontext", "redux", "siglip")):
+            path.unlink()
+    builder = build.Builder(folder, 0, "cpu", compiled=False, report=lines.append)
+    for stage in GUIDED_STAGES:
+        builder.run(stage)
+    builder.install_guided(target)
+    cpu = torch.device("cpu")
+    for spec in (FILL_MINI, CANNY_MINI, DEPTH_MINI, KONTEXT_MINI):
+        part = open_transformer(target / spec.files[0], cpu)
+        assert (part.spec, part.notes) == (spec, ())
+        averaged, _ = load_checkpoint(folder / f"{spec.name}.safetensors")
+        with part.resident() as model:
+            wanted = averaged["average.double_blocks.0.img_mlp.0.weight"]
+            error = (model.double_blocks[0].img_mlp[0].weight - wanted).abs().max() / wanted.abs().max()
+            assert 0 < error < 0.05
+    for task in ("canny", "depth"):
+        lora = read_control_lora(target / CONTROL_LORAS[task].name)
+        check_control_lora(lora, MINI)
+        assert lora.channels == 64
+    encoder = open_redux_encoder(target / SIGLIP_MINI_FILE.name, target / REDUX_MINI_FILE.name, cpu)
+    assert (encoder.tower.spec, encoder.redux.spec) == (SIGLIP_MINI, REDUX_MINI)
+    assert sum("installed" in line for line in lines) == 8
 
 
 def test_training_goes_on_from_the_shipped_weights(short_build, monkeypatch, capsys):
