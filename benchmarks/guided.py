@@ -153,7 +153,7 @@ def edit(count: int, model: FluxModel | None = None) -> Score:
 
 
 def _judge_edit(score: Score, example: EditExample, image: Image) -> None:
-    before, after = example.before, example.after
+    before, after = example.sources[0], example.after
     assert before is not None
     assert after is not None
     blobs, shown = find_blobs(image), measure(image)

@@ -4,14 +4,14 @@ Style tokens stand behind the prompt's, references behind the image's.
 
 A strength s becomes a bias of ln(s) on the logits of a guide's tokens as keys, for every query but its own tokens, so
 that its share of the attention is multiplied by s before the softmax divides. ComfyUI's StyleModelApply ("attn_bias")
-does the same. Where a guide has a region, only image tokens inside see it, and the prompt's tokens do not carry it out.
+does the same. Where a guide has a region, image tokens see it as far as they are inside, and all other tokens, the
+prompt's and other guides', as far as every place does, so that they do not carry it out.
 
 Shapes: B batch, L tokens in all, T of the text with styles, I of the image, D width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +24,6 @@ from .blending import fitted
 from .guides import Guide, Reference, StyleTokens
 
 __all__ = ["Span", "Tokens", "attention_bias", "gather"]
-
-LEFT_OUT = -math.inf
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def gather(prompt: Tensor, guides: Sequence[Guide], size: tuple[int, int], layou
         text_ids(joined.shape[1], prompt.device),
         torch.cat([part.expand(rows, -1, -1) for part in packed], dim=1) if packed else None,
         ids,
-        attention_bias(spans, joined.shape[1], grid, behind, prompt.shape[1]),
+        attention_bias(spans, joined.shape[1], grid, behind),
     )
 
 
@@ -113,7 +111,9 @@ def _kept(style: StyleTokens, like: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, kept], weights[kept]
 
 
-def attention_bias(spans: Sequence[Span], text: int, grid: tuple[int, int], length: int, prompt: int) -> Tensor | None:
+def attention_bias(
+    spans: Sequence[Span], text: int, grid: tuple[int, int], length: int, prompt: int | None = None
+) -> Tensor | None:
     """The bias (1, 1, L, L) of guides' spans; None where none is weighed.
 
     Args:
@@ -121,7 +121,7 @@ def attention_bias(spans: Sequence[Span], text: int, grid: tuple[int, int], leng
         text: T.
         grid: Rows and columns of image tokens, which begin at ``text``.
         length: L.
-        prompt: How many of the text's tokens are the prompt's.
+        prompt: Not read: all tokens of the text are treated alike.
     """
     weighed = [span for span in spans if span.region is not None or bool((span.weights != 1).any())]
     if not weighed:
@@ -134,8 +134,10 @@ def attention_bias(spans: Sequence[Span], text: int, grid: tuple[int, int], leng
         bias[:, own] += span.weights.float().log()
         if span.region is not None:
             places = fitted(span.region, (grid[0] * PATCH, grid[1] * PATCH)).to(bias.device)
-            inside = torch.nn.functional.avg_pool2d(places, PATCH).flatten()
-            bias[image, own] += inside.clamp(min=0).log()[:, None]
-            bias[:prompt, own] = LEFT_OUT
+            inside = torch.nn.functional.avg_pool2d(places, PATCH).flatten().clamp(min=0)
+            bias[image, own] += inside.log()[:, None]
+            everywhere = inside.min().log()
+            bias[: image.start, own] += everywhere
+            bias[image.stop :, own] += everywhere
         bias[own, own] = before
     return bias[None, None]

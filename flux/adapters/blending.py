@@ -26,6 +26,7 @@ from .guides import Channels, Guide
 __all__ = ["Prediction", "fitted", "predictions_of"]
 
 ENDS = (0.0, 1.0)
+ROUNDING = 1e-6  # of a moment: schedules are computed in floats, by hosts in fp32, and a step is far longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,8 @@ class Prediction:
 
     def covers(self, fraction: float) -> bool:
         """Whether it takes part at a moment of the schedule."""
-        return self.start <= fraction < self.end or (self.end == fraction == 1)
+        moment = fraction + ROUNDING  # what a step begins at is its own, from whichever side it is rounded
+        return self.start <= moment and (moment < self.end or self.end == 1)
 
     @property
     def model(self) -> str | None:

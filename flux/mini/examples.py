@@ -81,14 +81,20 @@ class ControlExample:
 
 @dataclass(frozen=True)
 class EditExample:
-    """``picture`` is what ``prompt`` makes of ``references``; all have one size."""
+    """``picture`` is what ``prompt`` makes of ``references``; all have one size.
+
+    Attributes:
+        kind: One of ``EDITS``.
+        sources: What each reference shows; None for what is no scene.
+        after: What the picture shows.
+    """
 
     prompt: str
     picture: Image
     references: tuple[Image, ...]
     kind: str
-    before: Scene | None = None
-    after: Scene | None = None
+    sources: tuple[Scene | None, ...]
+    after: Scene | None
 
 
 @dataclass(frozen=True)
@@ -312,14 +318,16 @@ def edit_example(rng: random.Random, canvas: Canvas, *, kind: str | None = None,
         chosen = kind or rng.choices(list(EDITS), weights=list(EDITS.values()))[0]
         _, scene = scene_example(rng, canvas, held_out=held_out, sign_share=0.0)
         if chosen == "nothing":
-            picture = draw(scene) if rng.random() < 0.5 else grid_picture(rng, canvas)
-            return EditExample("", picture, (picture,), chosen)
+            if rng.random() < 0.5:
+                return EditExample("", draw(scene), (draw(scene),), chosen, (scene,), scene)
+            picture = grid_picture(rng, canvas)
+            return EditExample("", picture, (picture,), chosen, (None,), None)
         if chosen == "join":
             return _join(rng, canvas, held_out=held_out)
         edited = edit_scene(scene, chosen, rng)
         if edited is not None:
             prompt, after = edited
-            return EditExample(prompt, draw(after), (draw(scene),), chosen, scene, after)
+            return EditExample(prompt, draw(after), (draw(scene),), chosen, (scene,), after)
 
 
 def edit_scene(scene: Scene, kind: str, rng: random.Random) -> tuple[str, Scene] | None:
@@ -392,9 +400,8 @@ def _join(rng: random.Random, canvas: Canvas, *, held_out: bool) -> EditExample:
         for kind, ground in zip(kinds, grounds, strict=True)
     ]
     together = lay_out(Request(objects=tuple(kinds), background=background), rng, width, height)
-    return EditExample(
-        rng.choice(JOIN_WORDS), draw(together), tuple(draw(one) for one in singles), "join", None, together
-    )
+    references = tuple(draw(one) for one in singles)
+    return EditExample(rng.choice(JOIN_WORDS), draw(together), references, "join", tuple(singles), together)
 
 
 def grid_picture(rng: random.Random, canvas: Canvas) -> Image:

@@ -2,7 +2,9 @@
 
 All learn by flow matching on ``examples`` drawn as they are needed. Guidance is drawn at random, so that they do as
 well with any; one prompt in ten is empty, so that classifier-free guidance works. Canny and Depth see no control in one
-case of ten, so that a strength between 0 and 1 has something to blend with.
+case of ten, so that a strength between 0 and 1 has something to blend with. As in the text model's training, a middle
+block is asked what lies at every token, of the picture and of references alike: what a thing in a picture is called,
+which an instruction needs, is learned early that way.
 
 Shapes: B batch, C latent channels, h and w in latent cells.
 """
@@ -32,9 +34,11 @@ from ..specs.vision import REDUX_MINI, SIGLIP_MINI
 from ..training.flow import TextBatch, flow_targets, predict_velocity, sample_times
 from .dataset import CANVASES, NATIVE
 from .examples import Image, control_example, edit_example, fill_example, style_example
+from .labels import IGNORED, QUESTIONS, TOKEN, token_labels
 from .loop import FlowRecipe, Report, run_stage
+from .scenes import Scene
 from .train_autoencoder import pixels_from_bytes
-from .train_flow import FrozenEncoders
+from .train_flow import ANSWERS_WEIGHT, TAPPED_BLOCK, FrozenEncoders, SceneHead
 
 __all__ = [
     "Bench", "Style", "Trainee", "extracted_lora", "fill_channels", "train_control_lora", "train_style",
@@ -52,15 +56,20 @@ TIME_MEAN, TIME_DEVIATION = (
 CELL = 8  # pixels of a latent cell along each side, and mask channels of one along each
 COARSE_SHARE = 0.25  # of the steps with Redux tokens averaged to a coarser grid
 COARSE_GRIDS = (3, 5)
-IGNORED = -1e4  # added to the logits of tokens that are left out
+LEFT_OUT = -1e4  # added to the logits of tokens that are left out
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a guided model is shown: latents to learn, prompts, and what guides it."""
+    """What a guided model is shown: latents to learn, prompts, and what guides it.
+
+    Attributes:
+        labels: What lies at each image token and each reference token (B, tokens, questions); see ``labels``.
+    """
 
     latents: Tensor
     text: TextBatch
+    labels: Tensor
     channels: Tensor | None = None
     references: Sequence[Tensor] = ()
 
@@ -112,7 +121,10 @@ class Trainee:
         pictures = [example.picture for example in examples]
         channels = fill_channels(self.bench, pictures, masks)
         return Batch(
-            self.bench.latents(pictures), self.bench.text([e.prompt for e in examples], rng), channels=channels
+            self.bench.latents(pictures),
+            self.bench.text([e.prompt for e in examples], rng),
+            self._labels([[example.scene] for example in examples], canvas),
+            channels=channels,
         )
 
     def _control(self, rng: random.Random, canvas: tuple[int, int]) -> Batch:
@@ -122,6 +134,7 @@ class Trainee:
         return Batch(
             self.bench.latents([example.picture for example in examples]),
             self.bench.text([example.prompt for example in examples], rng),
+            self._labels([[example.scene] for example in examples], canvas),
             channels=channels * seen[:, None, None, None],
         )
 
@@ -134,7 +147,16 @@ class Trainee:
             self.bench.latents([example.references[k] for example in examples]) for k in range(2 if joins else 1)
         ]
         prompts = self.bench.encoders.encode([example.prompt for example in examples])
-        return Batch(self.bench.latents([example.picture for example in examples]), prompts, references=references)
+        labels = self._labels([[example.after, *example.sources] for example in examples], canvas)
+        pictures = self.bench.latents([example.picture for example in examples])
+        return Batch(pictures, prompts, labels, references=references)
+
+    def _labels(self, scenes: Sequence[Sequence[Scene | None]], canvas: tuple[int, int]) -> Tensor:
+        """Labels of each example's pictures one behind another; none of a picture that shows no scene."""
+        tokens = (canvas[0] // TOKEN) * (canvas[1] // TOKEN)
+        unknown = np.full((tokens, len(QUESTIONS)), IGNORED, np.uint8)
+        rows = [[unknown if scene is None else token_labels(scene) for scene in own] for own in scenes]
+        return torch.from_numpy(np.stack([np.concatenate(own) for own in rows])).to(self.bench.device)
 
 
 JOINS_SHARE = 0.1
@@ -191,17 +213,25 @@ def train_variant(
     model.load_state_dict(widened_start(spec, start))
     batches = Trainee(spec.task, bench, recipe.batch, f"{spec.name}/{seed}")
     compute = fast_dtype(torch.device(bench.device))
+    head = SceneHead(spec.hidden).to(bench.device)
+    seen: list[Tensor] = []
+    tap = model.single_blocks[TAPPED_BLOCK].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
 
     def loss(step: int) -> Tensor:
         batch, rng = batches.at(step)
         noisy, times, guidance, target = _drawn(batch.latents, rng)
+        seen.clear()
         with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
             velocity = predict_velocity(
                 model, noisy, times, batch.text, guidance, channels=batch.channels, references=batch.references
             )
-        return F.mse_loss(velocity.float(), target)
+        answers = head.loss(seen[0][:, batch.text.tokens.shape[1] :].float(), batch.labels)
+        return F.mse_loss(velocity.float(), target) + ANSWERS_WEIGHT * answers
 
-    return run_stage(spec.name, model, loss, folder / f"{spec.name}.safetensors", recipe, seed, report)
+    try:
+        return run_stage(spec.name, model, loss, folder / f"{spec.name}.safetensors", recipe, seed, report, head)
+    finally:
+        tap.remove()
 
 
 def _drawn(latents: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -267,7 +297,7 @@ def train_style(folder: Path, model: Flux1, bench: Bench, recipe: FlowRecipe, *,
 
 def _left_out(keep: Tensor, before: int, behind: int) -> Tensor:
     """Bias (B, 1, 1, L) that leaves style tokens out where ``keep`` (B, N) is 0; they stand between text and image."""
-    bias = (keep == 0).float() * IGNORED
+    bias = (keep == 0).float() * LEFT_OUT
     return F.pad(bias, (before, behind))[:, None, None]
 
 

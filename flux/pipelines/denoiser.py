@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adapters.attending import Tokens, gather
 from ..adapters.channels import neutral_channels
-from ..adapters.control_lora import Attachment, ControlLora
+from ..adapters.control_lora import Attachment
 from ..adapters.guides import Channels, Guide
 from ..errors import MismatchError
 from ..models.flux1 import Conditions, Flux1, Modulations
@@ -49,17 +49,22 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Engine:
-    """A transformer with the control LoRAs that are on it for a run."""
+    """A transformer with the control LoRAs that are on it for a run.
+
+    Attributes:
+        part: The transformer.
+        followed: The guides of the LoRAs, in their order there; one LoRA may follow several pictures.
+        attachment: What the LoRAs' strengths are set by; None without any.
+    """
 
     part: Part[Flux1Spec, Flux1]
-    loras: tuple[ControlLora, ...] = ()
+    followed: tuple[Channels, ...] = ()
     attachment: Attachment | None = None
 
     def weigh(self, guides: Sequence[Guide]) -> None:
         """Give every LoRA the strength of its guide, none where it has no guide here."""
         if self.attachment is not None:
-            strengths = {id(g.lora): g.strength for g in guides if isinstance(g, Channels) and g.lora is not None}
-            self.attachment.weigh([strengths.get(id(lora), 0.0) for lora in self.loras])
+            self.attachment.weigh([guide.strength if guide in guides else 0.0 for guide in self.followed])
 
 
 class Denoiser:
@@ -125,11 +130,10 @@ class Denoiser:
 
     def _channels(self, x: Tensor) -> list[Tensor]:
         """What stands behind the noisy latent's channels: the model's own, then each LoRA's."""
-        given = {id(g.lora): g.latents for g in self.guides if isinstance(g, Channels) and g.lora is not None}
         own = [g.latents for g in self.guides if isinstance(g, Channels) and g.lora is None]
         extra = self.part.spec.in_channels // PATCH_AREA - x.shape[1]
         behind = [own[0]] if own else [neutral_channels(x, extra)] if extra else []
-        behind += [given.get(id(lora), x.new_zeros(1, x.shape[1], 1, 1)) for lora in self.engine.loras]
+        behind += [g.latents if g in self.guides else torch.zeros_like(g.latents[:1]) for g in self.engine.followed]
         return [part.to(x).expand(len(x), -1, *x.shape[-2:]) for part in behind]
 
     def _with_references(self, image: Tensor, references: Tensor) -> Tensor:

@@ -143,19 +143,22 @@ def _engines(
     *,
     tables: bool,
 ) -> dict[str | None, Engine]:
-    """Every transformer of a run, in memory as long as ``held`` is open, and the run's LoRAs on its own one."""
-    engines: dict[str | None, Engine] = {}
-    loras = {id(g.lora): g.lora for g in guided.guides if isinstance(g, Channels) and g.lora is not None}
-    for name in dict.fromkeys((None, *(prediction.model for prediction in predictions))):
-        if name is None and all(prediction.model is not None for prediction in predictions):
-            continue
-        model = part if name is None else guided.models[name]
+    """Every transformer of a run, in memory as long as ``held`` is open, and the run's LoRAs on its own one.
+
+    One that goes by several names, the run's own among them, is there once.
+    """
+    engines: dict[Part[Flux1Spec, Flux1], Engine] = {}
+    followed = tuple(g for g in guided.guides if isinstance(g, Channels) and g.lora is not None and g.strength > 0)
+    loras = [guide.lora for guide in followed if guide.lora is not None]
+    models = {name: part if name is None else guided.models[name] for name in (p.model for p in predictions)}
+    for model in dict.fromkeys(models.values()):
         apart = tuple(model.module.modulation_layers()) if tables else ()
         held.enter_context(model.resident(without=apart, watch=hooks.loading))
-        own = tuple(loras.values()) if name is None else ()
-        attachment = held.enter_context(attached(model.module, own, model.device, model.dtype)) if own else None
-        engines[name] = Engine(model, own, attachment)
-    return engines
+        engines[model] = Engine(model)
+    if loras and part in engines:
+        attachment = held.enter_context(attached(part.module, loras, part.device, part.dtype))
+        engines[part] = Engine(part, followed, attachment)
+    return {name: engines[model] for name, model in models.items()}
 
 
 def _with_cfg(passes: Sequence[Denoiser], x: Tensor, sigma: float, cfg: float) -> Tensor:

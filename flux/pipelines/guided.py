@@ -109,6 +109,7 @@ def described(given: AnyInput) -> dict[str, object]:
         facts |= {"start": given.start, "end": given.end}
     if given.region is not None:
         facts["region"] = True
+    facts |= {name: value for name, usual in USUAL.items() if (value := getattr(given, name, usual)) != usual}
     if isinstance(given, ControlInput):
         facts |= {"lora": given.lora.name} if given.lora is not None else {}
         facts |= {"model": given.model.path.name} if given.model is not None else {}
@@ -119,6 +120,7 @@ KINDS: dict[type, str] = {
     FillInput: "fill", ControlInput: "control", ReferenceInput: "reference",
     Channels: "channels", StyleTokens: "style", Reference: "reference",
 }  # fmt: skip
+USUAL = {"rounding": ROUNDINGS[0], "posterior": POSTERIORS[0]}
 
 
 def size_of_inputs(inputs: Sequence[AnyInput]) -> tuple[int, int] | None:
@@ -206,9 +208,9 @@ def _check_shapes(given: AnyInput) -> None:
     tensors = {"picture": 3, "mask": 1, "region": 1}
     for name, channels in tensors.items():
         tensor = getattr(given, name, None)
-        if tensor is not None and (tensor.ndim != 4 or tensor.shape[1] != channels or 0 in tensor.shape):
+        if tensor is not None and (tensor.ndim != 4 or tensor.shape[:2] != (1, channels) or 0 in tensor.shape):
             raise UserError(
-                f"the {name} has shape {tuple(tensor.shape)}; give (B, {channels}, H, W) with values in 0..1"
+                f"the {name} has shape {tuple(tensor.shape)}; give one of (1, {channels}, H, W) with values in 0..1"
             )
     for name, known in (("rounding", ROUNDINGS), ("posterior", POSTERIORS)):
         value = getattr(given, name, known[0])
@@ -233,12 +235,12 @@ def guidance_of(
         size: Height and width of the run in pixels, multiples of 16.
         layout: Of references.
         mu: Shift of the schedule.
-        seed: Of samples of the posterior.
+        seed: Of samples of the posterior, for each input anew, so that their order does not matter.
     """
     guides: list[Guide] = []
     models: dict[str, Part[Flux1Spec, Flux1]] = {}
-    generator = torch.Generator().manual_seed(seed)
     for given in inputs:
+        generator = torch.Generator().manual_seed(seed)
         if isinstance(given, Guide):
             guides.append(given)
         elif isinstance(given, FillInput):
@@ -273,10 +275,17 @@ def fill_latents(
     """Fill's further channels (B, C + 64, h, w) of a picture and a mask, brought to a size in pixels."""
     picture = _resized(given.picture, size)
     mask = _resized(given.mask, size)
-    hidden = mask if given.rounding == "soft" else (mask > HALF).to(mask)
-    shown = mask if given.rounding != "binary" else hidden
+    hidden = HIDDEN[given.rounding](mask)
+    shown = hidden if given.rounding == "binary" else mask
     latents = encode_picture(autoencoder, picture * (1 - hidden) + GREY * hidden, given.posterior, generator)
     return fill_channels(latents, shown)
+
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {  # what of a mask hides pixels, by ``ROUNDINGS``
+    "soft": lambda mask: mask,
+    "hidden": torch.round,  # of just a half to 0
+    "binary": lambda mask: (mask >= HALF).to(mask),
+}
 
 
 def _reference(given: ReferenceInput, autoencoder: Encoder) -> Tensor:

@@ -152,7 +152,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
         with _stage(hooks, "encoding"):
             guided = guidance_of(
                 request.inputs, model.autoencoder, (plan.height, plan.width),
-                layout=request.layout, mu=plan.mu, seed=plan.seeds[0],
+                layout=request.layout, mu=plan.mu,
             )  # fmt: skip
     with ExitStack() as held:
         # 4. The transformer's weights and tables, for all pictures.
@@ -214,7 +214,7 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
     return _Plan(
         width=width,
         height=height,
-        mu=_mu(spec, request, (width // GRID) * (height // GRID)),
+        mu=_mu(spec, request, (width // GRID) * (height // GRID)) if request.inputs else None,
         sigmas=sigmas,
         guidance=guidance,
         cfg=cfg,
@@ -415,5 +415,9 @@ def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dic
         "noise": request.noise,
         "denoise": request.denoise,
         "sigmas": [round(sigma, SIGMA_DIGITS) for sigma in plan.sigmas],
-        **({"inputs": [described(given) for given in request.inputs]} if request.inputs else {}),
+        **(
+            {"inputs": [described(given) for given in request.inputs], "layout": request.layout}
+            if request.inputs
+            else {}
+        ),
     }

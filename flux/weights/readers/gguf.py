@@ -28,6 +28,7 @@ from .header import (
     OTHER_STARTS,
     PICKLE_STARTS,
     PICKLE_SUFFIXES,
+    ZIP_START,
     TensorEntry,
     can_be_a_shape,
     check_overlap,
@@ -275,7 +276,7 @@ def _check_start(cursor: _Cursor) -> None:
     if cursor.size == 0:
         raise FileError(f"{cursor.name} is empty (0 bytes); download it again")
     head = cursor.take(min(cursor.size, len(MAGIC) + U32.size), "the start")
-    if cursor.suffix in PICKLE_SUFFIXES or head.startswith(PICKLE_STARTS):
+    if cursor.suffix in PICKLE_SUFFIXES or head.startswith((ZIP_START, *PICKLE_STARTS)):
         raise FileError(
             f"{cursor.name} is a pickle file, which can run code when it is opened, so it is refused; "
             "use the model's .safetensors or .gguf release"

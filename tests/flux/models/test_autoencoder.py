@@ -39,6 +39,31 @@ def test_encoding_equals_the_scaled_mode_of_diffusers(variant, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", SPECS)
+def test_a_sample_of_the_posterior_equals_that_of_diffusers_with_the_same_generator(variant, size):
+    model = build(SPECS[variant])
+    oracle = autoencoder_oracle(model)
+    pixels = rows(2, 3, *size, seed=1)
+    sample = oracle.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(6))
+    theirs = (sample - oracle.config.shift_factor) * oracle.config.scaling_factor
+    ours = model.encode_sample(pixels, torch.Generator().manual_seed(6))
+    assert relative_error(ours, theirs) <= TOLERANCE
+    assert relative_error(model.encode(pixels), theirs) > 0.01
+    assert not torch.equal(model.encode_sample(pixels, torch.Generator().manual_seed(7)), ours)
+
+
+@pytest.mark.parametrize("log_variance", [-80.0, 50.0])
+def test_a_posteriors_extreme_variances_are_cut_as_in_diffusers(log_variance):
+    model = build(SMALL)
+    model.encoder.conv_out.bias[model.spec.latent_channels :] = log_variance
+    oracle = autoencoder_oracle(model)
+    pixels = rows(1, 3, 16, 24, seed=1)
+    sample = oracle.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(6))
+    theirs = (sample - oracle.config.shift_factor) * oracle.config.scaling_factor
+    assert relative_error(model.encode_sample(pixels, torch.Generator().manual_seed(6)), theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("variant", SPECS)
 def test_decoding_equals_diffusers(variant, size):
     model = build(SPECS[variant])
     oracle = autoencoder_oracle(model)

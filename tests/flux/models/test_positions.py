@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from flux.models.positions import apply_rope, image_ids, rope, text_ids
+from flux.models.positions import LAYOUTS, apply_rope, image_ids, reference_ids, rope, text_ids
 from tests.oracles import TOLERANCE, relative_error, rows
 
 AXES = (16, 56, 56)
@@ -28,6 +28,68 @@ def test_image_ids_equal_those_of_diffusers(height, width):
 
 def test_text_ids_are_zero():
     assert torch.equal(text_ids(5), torch.zeros(5, 3))
+
+
+def grid_at(corner, grid):
+    """Ids of a picture's tokens, row-major, the first of them at ``corner``."""
+    place, top, left = corner
+    return [[place, top + row, left + column] for row in range(grid[0]) for column in range(grid[1])]
+
+
+# Latent cells of pictures, the output's, and by layout where the first token of each is: ComfyUI's rule by hand.
+LAID_OUT = {
+    "one": ([(4, 6)], (8, 8), {"offset": [(1, 0, 0)], "index": [(1, 0, 0)], "uxo": [(0, 4, 4)]}),
+    "alike": (
+        [(4, 4), (4, 4), (4, 4), (4, 4)],
+        (4, 8),
+        {
+            "offset": [(1, 0, 0), (1, 2, 0), (1, 0, 2), (1, 4, 0)],
+            "index": [(1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 0, 0)],
+            "uxo": [(0, 2, 4), (0, 4, 6), (0, 6, 8), (0, 8, 10)],
+        },
+    ),
+    "wide, then tall": (
+        [(4, 6), (4, 6), (8, 2), (2, 2)],
+        (6, 4),
+        {
+            "offset": [(1, 0, 0), (1, 2, 0), (1, 0, 3), (1, 4, 0)],
+            "index": [(1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 0, 0)],
+            "uxo": [(0, 3, 2), (0, 5, 5), (0, 7, 8), (0, 11, 9)],
+        },
+    ),
+    "odd": (
+        [(5, 3), (3, 5), (7, 1)],
+        (5, 6),
+        {
+            "offset": [(1, 0, 0), (1, 3, 0), (1, 0, 3)],
+            "index": [(1, 0, 0), (2, 0, 0), (3, 0, 0)],
+            "uxo": [(0, 3, 3), (0, 6, 5), (0, 7, 7)],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", LAID_OUT)
+def test_references_are_laid_out_by_comfyuis_rule(case, layout):
+    sizes, image, corners = LAID_OUT[case]
+    grids = [(math.ceil(height / 2), math.ceil(width / 2)) for height, width in sizes]
+    expected = [ids for corner, grid in zip(corners[layout], grids, strict=True) for ids in grid_at(corner, grid)]
+    assert reference_ids(sizes, image, layout).tolist() == expected
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 4), (3, 11)])
+def test_one_reference_has_the_ids_of_diffusers_kontext(height, width):
+    theirs = FluxKontextPipeline._prepare_latent_image_ids(1, height, width, torch.device("cpu"), torch.float32)
+    theirs[..., 0] = 1
+    assert torch.equal(reference_ids([(2 * height, 2 * width)], (8, 8)), theirs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_two_tokens_of_image_and_references_are_in_one_place(layout):
+    sizes, image = [(4, 6), (7, 3), (2, 9), (8, 8), (1, 1)], (6, 10)
+    ids = torch.cat((image_ids(3, 5), reference_ids(sizes, image, layout)))
+    assert len(ids.unique(dim=0)) == len(ids) == 15 + 6 + 8 + 5 + 16 + 1
 
 
 def test_zero_ids_rotate_nothing_exactly():

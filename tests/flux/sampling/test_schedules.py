@@ -18,6 +18,8 @@ from flux.sampling.schedules import (
     beta_quantile,
     check_sigmas,
     flux1_mu,
+    flux_schedule,
+    fraction_done,
     make_schedule,
     shift,
     shift_from_factor,
@@ -268,3 +270,24 @@ def test_a_denoise_that_needs_too_long_a_schedule_says_how_long() -> None:
     assert len(shorten(even, 100, 0.01)) == 101
     with pytest.raises(UserError, match="20 steps at denoise 0.001.*20000 steps"):
         shorten(even, 20, 0.001)
+
+
+@pytest.mark.parametrize("mu", [None, -1.0, 0.0, 0.63, 1.15, 3.23])
+@pytest.mark.parametrize("steps", [1, 4, 7, 28])
+def test_at_step_i_of_n_the_fraction_that_is_done_is_i_of_n(steps: int, mu: float | None) -> None:
+    done = [fraction_done(sigma, mu) for sigma in flux_schedule(steps, mu)]
+    assert done == pytest.approx([i / steps for i in range(steps + 1)], abs=1e-12)
+    assert (done[0], done[-1]) == (0, 1)
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.15, 3.0])
+def test_the_fraction_that_is_done_inverts_diffusers_shift(mu: float) -> None:
+    sigmas = diffusers_sigmas(10, mu)
+    assert [fraction_done(sigma, mu) for sigma in sigmas] == pytest.approx([i / 10 for i in range(11)], abs=1e-6)
+
+
+@pytest.mark.parametrize("mu", [None, 0.0, 1.15])
+def test_the_fraction_that_is_done_grows_from_noise_to_data_and_more_is_left_of_a_shifted_run(mu: float | None) -> None:
+    done = [fraction_done(1 - i / 50, mu) for i in range(51)]
+    assert done == sorted(done)
+    assert fraction_done(0.5, mu) == pytest.approx(1 / (1 + math.exp(-(mu or 0))))

@@ -101,6 +101,85 @@ def test_velocities_equal_those_of_diffusers(guidance, size):
     assert relative_error(predict_velocity(model, *given, strength), theirs) <= TOLERANCE
 
 
+def gathered(model, noisy, prompt, behind=None, references=(), places=(), bias=None):
+    """diffusers' velocity of what training may give besides: channels, and references with the places of each's tokens.
+
+    A bias is added to the logits of each of diffusers' attentions.
+    """
+    patches = "b c (h p) (w q) -> b (h w) (c p q)"
+    tokens = rearrange(noisy if behind is None else torch.cat((noisy, behind), dim=1), patches, p=2, q=2)
+    count, columns = tokens.shape[1], noisy.shape[-1] // 2
+    ids = [[0.0, index // columns, index % columns] for index in range(count)]
+    tokens = torch.cat([tokens, *(rearrange(each, patches, p=2, q=2) for each in references)], dim=1)
+    velocity = flux1_oracle(model, guidance_embedding=False)(
+        hidden_states=tokens,
+        encoder_hidden_states=prompt.tokens,
+        pooled_projections=prompt.pooled,
+        timestep=torch.tensor([0.9, 0.2]),
+        img_ids=torch.tensor([*ids, *places]),
+        txt_ids=torch.zeros(prompt.tokens.shape[1], 3),
+        joint_attention_kwargs=None if bias is None else {"attention_mask": bias},
+    ).sample
+    return velocity[:, :count]
+
+
+def grid(place, top, left, rows_, columns):
+    return [[float(place), float(top + row), float(left + column)] for row in range(rows_) for column in range(columns)]
+
+
+TIMES = torch.tensor([0.9, 0.2])
+
+
+@pytest.mark.parametrize("channels", [16, 80])
+def test_channels_stand_behind_the_noisy_latents(channels):
+    model = randomise(Flux1(replace(TINY, in_channels=64 + 4 * channels)))
+    noisy, behind = rows(2, 16, 4, 6, seed=1), rows(2, channels, 4, 6, seed=2)
+    ours = predict_velocity(model, noisy, TIMES, text(2), channels=behind)
+    assert relative_error(ours, gathered(model, noisy, text(2), behind)) <= TOLERANCE
+
+
+def test_references_stand_behind_the_image_and_only_the_images_velocity_comes_back():
+    model = randomise(Flux1(TINY))
+    noisy, references = rows(2, 16, 4, 6, seed=1), [rows(2, 16, 4, 2, seed=2), rows(2, 16, 2, 6, seed=3)]
+    places = [*grid(1, 0, 0, 2, 1), *grid(1, 2, 0, 1, 3)]  # the second is wide: it lies below the first
+    ours = predict_velocity(model, noisy, TIMES, text(2), references=references)
+    assert ours.shape == (2, 6, 64)
+    assert relative_error(ours, gathered(model, noisy, text(2), None, references, places)) <= TOLERANCE
+    assert relative_error(ours, predict_velocity(model, noisy, TIMES, text(2))) > 1e-3
+
+
+def test_a_bias_weighs_tokens_in_every_attention():
+    model = randomise(Flux1(TINY))
+    noisy, reference = rows(2, 16, 4, 6, seed=1), rows(2, 16, 4, 2, seed=2)
+    length = text(2).tokens.shape[1] + 6 + 2
+    bias = rows(2, 1, length, length, seed=3)
+    ours = predict_velocity(model, noisy, TIMES, text(2), references=[reference], bias=bias)
+    theirs = gathered(model, noisy, text(2), None, [reference], grid(1, 0, 0, 2, 1), bias)
+    assert relative_error(ours, theirs) <= TOLERANCE
+    assert relative_error(ours, predict_velocity(model, noisy, TIMES, text(2), references=[reference])) > 1e-3
+
+
+def test_a_reference_that_a_bias_hides_is_not_there():
+    model = randomise(Flux1(TINY))
+    noisy, reference = rows(2, 16, 4, 6, seed=1), rows(2, 16, 4, 2, seed=2)
+    length = text(2).tokens.shape[1] + 6 + 2
+    bias = torch.zeros(1, 1, length, length)
+    bias[..., :-2, -2:] = -torch.inf
+    hidden = predict_velocity(model, noisy, TIMES, text(2), references=[reference], bias=bias)
+    assert relative_error(hidden, predict_velocity(model, noisy, TIMES, text(2))) <= TOLERANCE
+
+
+def test_gradients_reach_channels_references_and_bias():
+    model = randomise(Flux1(replace(TINY, in_channels=64)))
+    noisy, reference = rows(1, 16, 4, 4, seed=1), rows(1, 16, 4, 4, seed=2).requires_grad_()
+    bias = torch.zeros(1, 1, 7 + 4 + 4, 7 + 4 + 4).requires_grad_()
+    predict_velocity(
+        model, noisy, torch.tensor([0.5]), text(1), references=[reference], bias=bias
+    ).square().sum().backward()
+    assert float(reference.grad.abs().sum()) > 0
+    assert float(bias.grad.abs().sum()) > 0
+
+
 def test_no_guidance_is_not_guidance_zero():
     """The base stage trains without it: the embedder must have no part in that."""
     model = randomise(Flux1(TINY))
