@@ -8,11 +8,28 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import files, latents, loading, sampling, saving, text
+from . import (
+    combining,
+    control,
+    control_loading,
+    editing,
+    files,
+    filling,
+    latents,
+    loading,
+    redux,
+    references,
+    sampling,
+    saving,
+    text,
+)
 
 __all__ = ["NODES", "FluxFoundryExtension"]
 
-FAMILIES = (loading, text, latents, sampling, files, saving)
+FAMILIES = (
+    loading, text, latents, sampling, editing, filling, control, control_loading, redux, references, combining, files,
+    saving,
+)  # fmt: skip
 NODES: list[type[io.ComfyNode]] = [node for family in FAMILIES for node in family.NODES]
 
 

@@ -6,25 +6,34 @@ import dataclasses
 
 from comfy_api.latest import io
 
+from ..flux.adapters.guides import MAX_STRENGTH
 from ..flux.sampling.noise import SEEDS
 from ..flux.sampling.schedules import MAX_STEPS, SCHEDULES
 from ..flux.sampling.solvers import SOLVERS
 
 __all__ = [
+    "CROP",
     "ROOT",
     "batch_size",
     "denoise",
     "dtype",
+    "end",
     "guidance",
+    "negative_input",
+    "negative_output",
     "schedule",
     "schema",
     "seed",
     "side",
     "solver",
+    "start",
     "steps",
+    "strength",
+    "vae_input",
 ]
 
 ROOT = "FLUX Foundry"
+CROP = io.Custom("FLUXFOUNDRY_CROP")  # carries the engine's ``Crop``, ``Canvas`` or ``FittedReference``
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 MAX_SIDE = 2048
 MAX_BATCH = 64
@@ -118,4 +127,37 @@ def batch_size() -> io.Input:
         min=1,
         max=MAX_BATCH,
         tooltip="How many pictures to make in one run. Memory grows with it.",
+    )
+
+
+def strength(tooltip: str) -> io.Input:
+    return io.Float.Input("strength", default=1.0, min=0.0, max=MAX_STRENGTH, step=0.05, round=0.001, tooltip=tooltip)
+
+
+def start(tooltip: str) -> io.Input:
+    return io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001, tooltip=tooltip)
+
+
+def end(tooltip: str) -> io.Input:
+    return io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001, tooltip=tooltip)
+
+
+def vae_input() -> io.Input:
+    return io.Vae.Input("vae", tooltip="The model's autoencoder, which encodes the picture.")
+
+
+def negative_input() -> io.Input:
+    return io.Conditioning.Input(
+        "negative",
+        optional=True,
+        tooltip="What to stay away from, which gets the same. It takes effect only in a sampler whose cfg is not 1. "
+        "Not connected: the prompt stands for it, so that cfg has no effect.",
+    )
+
+
+def negative_output(what: str) -> io.Output:
+    return io.Conditioning.Output(
+        display_name="negative",
+        tooltip=f"The negative prompt with {what}: for a sampler's negative input. Without a negative prompt the same "
+        "as positive.",
     )

@@ -7,6 +7,7 @@ attention altogether. Without any of it ``Flux1.forward`` is run instead; blocks
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from comfy.ldm.flux.math import attention as host_attention
 from torch import Tensor
 
 from ...flux.errors import MismatchError
-from ...flux.models.flux1 import Conditions, Flux1, Modulations, rotary_attention
+from ...flux.models.flux1 import Attend, Conditions, Flux1, Modulations, rotary_attention
 from ...flux.models.positions import rope
 from ...flux.ops.dtypes import clamp_to_range
 from .progress import check_cancelled
+from .references import as_bias
 
 __all__ = ["is_patched", "run_patched"]
 
@@ -68,7 +70,7 @@ def run_patched(
     img, txt, ids = _after_input(model, tokens, conditions, options)
     length = txt.shape[1]
     options["img_slice"] = [length, length + img.shape[1]]
-    run = _Run(model, modulations, vector, ids, control or {}, options)
+    run = _Run(model, modulations, vector, ids, _for_host(conditions.bias, img), control or {}, options)
     for index in range(len(model.double_blocks)):
         img, txt = run.double(index, img, txt)
     x = torch.cat((txt, img), dim=1)
@@ -93,27 +95,44 @@ def _after_input(
     return state["img"], state["txt"], torch.cat((state["txt_ids"][0], state["img_ids"][0]))
 
 
+def _for_host(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    """A bias (B, 1, L, L) in the host's form (B, L, L), of the tokens' type."""
+    return None if bias is None else bias[:, 0].to(like.dtype)
+
+
+def _by_head(bias: Tensor) -> Tensor:
+    """A bias in any of the host's forms, (L, L), (B, L, L) or (B, H, L, L), as the last."""
+    return bias[:, None] if bias.ndim == 3 else bias
+
+
 class _Run:
     """One pass: what every block needs, and the patches on it."""
 
     def __init__(
-        self, model: Flux1, modulations: Modulations, vector: Tensor, ids: Tensor, control: Options, options: Options
+        self,
+        model: Flux1,
+        modulations: Modulations,
+        vector: Tensor,
+        ids: Tensor,
+        bias: Tensor | None,
+        control: Options,
+        options: Options,
     ) -> None:
-        self.model, self.modulations, self.vector = model, modulations, vector
+        self.model, self.modulations, self.vector, self.bias = model, modulations, vector, bias
         self.control, self.options = control, options
         self.replaced = options.get("patches_replace", {}).get("dit", {})
         spec = model.spec
         self.rotation = rope(ids, spec.axes, spec.theta)
         # The host's form of the same rotation: patches expect it, and its attention takes it.
         self.host_rotation = EmbedND(spec.hidden // spec.heads, int(spec.theta), list(spec.axes))(ids[None])
-        self.attend = self._host_attend if _touches_attention(options) else rotary_attention
+        self.is_hosts = _touches_attention(options)
 
     def double(self, index: int, img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
         block = self.model.double_blocks[index]
         own = (self.modulations.image[index], self.modulations.text[index])
 
         def original(args: Options) -> Options:
-            image, text = block(args["img"], args["txt"], self.rotation, *own, self.attend)
+            image, text = block(args["img"], args["txt"], self.rotation, *own, self._attend(args))
             return {"img": image, "txt": text}
 
         out = self._call("double", index, {"img": img, "txt": txt}, original)
@@ -123,7 +142,7 @@ class _Run:
         block, own = self.model.single_blocks[index], self.modulations.single[index]
 
         def original(args: Options) -> Options:
-            return {"img": block(args["img"], self.rotation, own, self.attend)}
+            return {"img": block(args["img"], self.rotation, own, self._attend(args))}
 
         out = self._call("single", index, {"img": x}, original)
         return self._add("output", index, clamp_to_range(out["img"]), length)
@@ -135,13 +154,25 @@ class _Run:
         replaced = self.replaced.get((f"{kind}_block", index))
         if replaced is None:
             return original(args)
-        args |= {"vec": self.vector, "pe": self.host_rotation, "attn_mask": None, "transformer_options": self.options}
+        args |= {
+            "vec": self.vector,
+            "pe": self.host_rotation,
+            "attn_mask": self.bias,
+            "transformer_options": self.options,
+        }
         out: Options = replaced(args, {"original_block": original})
         return out
 
-    def _host_attend(self, q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    def _attend(self, args: Options) -> Attend:
+        """A block's attention, with the mask that it was given."""
+        bias = args.get("attn_mask", self.bias)
+        if self.is_hosts:
+            return partial(self._host_attend, bias=bias)
+        return rotary_attention if bias is None else partial(rotary_attention, bias=_by_head(as_bias(bias)))
+
+    def _host_attend(self, q: Tensor, k: Tensor, v: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
         """Attention (B, H, L, D) by the host, which rotates, with the patches before and behind it."""
-        state: Options = {"q": q, "k": k, "v": v, "pe": self.host_rotation, "attn_mask": None}
+        state: Options = {"q": q, "k": k, "v": v, "pe": self.host_rotation, "attn_mask": bias}
         patches, extra = self.options.get("patches", {}), dict(self.options)
         for patch in patches.get(BEFORE_ATTENTION, ()):
             q, k, v = (state[name] for name in "qkv")

@@ -9,12 +9,24 @@ from torch import Tensor
 
 from ...flux.errors import MismatchError
 from ...flux.specs.flux1 import Flux1Spec
+from .control_lora import CONTROLS, IMAGE, MASK, control_slots, takes_hole
+from .experts import EXPERT, expert_of, our_spec
 from .preflight import ENCODERS, check_together, given_of
+from .progress import say
+from .references import LATENTS, VIEWS, views_of
 
-__all__ = ["check_conditioning", "check_widths", "encode", "with_guidance"]
+__all__ = ["check_channels", "check_conditioning", "check_widths", "encode", "with_guidance"]
 
 Conditioning = list[list[Any]]
+Extra = dict[str, Any]
 TOKENS = ("l", "t5xxl")  # the host's names of the two encoders' tokens
+EDIT = "edit"  # the task of models that look at references
+# Our keys, what each is, and what to do instead of loading another MODEL.
+ONLY_OURS = {
+    VIEWS: ("a reference with a strength or a region", ", or set its strength to 1 and take the region out"),
+    CONTROLS: ("a second control picture", ", or take one FLUX Control out"),
+    EXPERT: ("what FLUX Combine made", " and connect the model output of FLUX Combine"),
+}
 UNKNOWN_ENCODERS = "the text encoders that belong to it"
 
 
@@ -58,23 +70,98 @@ def check_widths(spec: Flux1Spec, text: Tensor | None, pooled: Tensor | None) ->
 
 
 def check_conditioning(patcher: Any, conditioning: Conditioning) -> None:
-    """The same for a whole CONDITIONING and any FLUX MODEL, also one that a core loader made.
+    """Refuse what does not fit a MODEL, also one that a core loader made, and tell of what has no effect.
 
     Raises:
-        MismatchError: The text encoders are another model's, or a width is not the model's.
+        MismatchError: The text encoders are another model's, a width is not the model's, or something needs our MODEL.
     """
-    for _, extra in conditioning:
-        check_together(given_of(patcher.model), extra.get(ENCODERS) or ())
-    spec = getattr(patcher.model, "spec", None)
-    config = patcher.model.model_config.unet_config
-    if "context_in_dim" not in config or "vec_in_dim" not in config:
+    if our_spec(patcher) is None:
+        check_foreign(patcher, conditioning)
         return
+    makers: dict[int, tuple[Any, Conditioning]] = {}
     for text, extra in conditioning:
-        if isinstance(spec, Flux1Spec):
-            check_widths(spec, text, extra.get("pooled_output"))
-        else:
+        expert = expert_of(extra)
+        maker = patcher if expert is None else expert.patcher
+        check_together(given_of(maker.model), extra.get(ENCODERS) or ())
+        check_widths(our_spec(maker), text, extra.get("pooled_output"))
+        makers.setdefault(id(maker), (maker, []))[1].append([text, extra])
+    for maker, entries in makers.values():
+        tell_of_pictures(maker, [extra for _, extra in entries])
+
+
+def check_foreign(patcher: Any, conditioning: Conditioning) -> None:
+    """The same for a MODEL that was not loaded by us.
+
+    Raises:
+        MismatchError: A width is not the model's, or an entry carries what only our MODEL reads.
+    """
+    config = patcher.model.model_config.unet_config
+    for text, extra in conditioning:
+        for key, (what, otherwise) in ONLY_OURS.items():
+            if views_of(extra) if key == VIEWS else extra.get(key):
+                raise MismatchError(
+                    f"the CONDITIONING carries {what}, which only a MODEL of FLUX Foundry takes; load it with "
+                    f"Load FLUX Model{otherwise}"
+                )
+        if "context_in_dim" in config and "vec_in_dim" in config:
             widths = config["context_in_dim"], config["vec_in_dim"]
             check_against("this MODEL", *widths, UNKNOWN_ENCODERS, text, extra.get("pooled_output"))
+
+
+def check_channels(patcher: Any, entry: Extra, *, masked: bool) -> None:
+    """Refuse a picture that a MODEL has no input for.
+
+    Args:
+        patcher: A MODEL of ours.
+        entry: Of a CONDITIONING.
+        masked: Whether the latent has a noise mask, by which a picture with a hole takes effect on any MODEL.
+
+    Raises:
+        MismatchError: There is one that would have no effect.
+    """
+    spec = patcher.model.spec if patcher is not None else None
+    if spec is None:
+        return
+    slots = control_slots(patcher, spec)
+    absent = [slot for slot in entry.get(CONTROLS) or () if slot > slots]
+    if absent:
+        raise MismatchError(
+            f"the CONDITIONING carries a picture for control {absent[0]}, but the MODEL takes "
+            f"{_counted(slots)}; put one Load FLUX Control LoRA behind another for several, or take FLUX Control out"
+        )
+    if entry.get(IMAGE) is None or slots or takes_hole(spec):
+        return
+    if entry.get(MASK) is None:
+        raise MismatchError(
+            f"the CONDITIONING carries a control picture, but {spec.title} has no input for one; choose FLUX.1 Canny "
+            "or Depth in Load FLUX Model, or put Load FLUX Control LoRA behind it"
+        )
+    if not masked:
+        raise MismatchError(
+            f"the CONDITIONING carries a picture with a hole, but {spec.title} has no input for one, so that it would "
+            "have no effect; choose FLUX.1 Fill in Load FLUX Model, or turn noise_mask on in InpaintModelConditioning"
+        )
+
+
+def _counted(slots: int) -> str:
+    return {0: "none", 1: "1"}.get(slots, f"only {slots}")
+
+
+def tell_of_pictures(patcher: Any, entries: list[Extra]) -> None:
+    """Warn of what a MODEL of ours was not given, or was not made for."""
+    spec: Flux1Spec = patcher.model.spec
+    slots, title = control_slots(patcher, spec), spec.title
+    pictures = any(entry.get(IMAGE) is not None for entry in entries)
+    holes = any(entry.get(MASK) is not None for entry in entries)
+    if takes_hole(spec) and not pictures:
+        say(f"{title} got no picture, so that it paints all of an empty one: add FLUX Fill or InpaintModelConditioning")
+    if slots and (takes_hole(spec) or not pictures) and not any(entry.get(CONTROLS) for entry in entries):
+        say(f"{title} got no control picture, so that it follows an empty one: add FLUX Control")
+    if holes and not takes_hole(spec):
+        seen = "takes the picture with a hole for a control picture" if slots else "does not see the picture's hole"
+        say(f"{title} {seen}: to paint into a picture choose FLUX.1 Fill in Load FLUX Model")
+    if spec.task != EDIT and any(entry.get(LATENTS) for entry in entries):
+        say(f"{title} was not trained to look at references: choose FLUX.1 Kontext in Load FLUX Model")
 
 
 def check_against(

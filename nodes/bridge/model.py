@@ -7,31 +7,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
+from torch import Tensor
 
-from ...flux.errors import FluxFoundryError
+from ...flux.errors import FluxFoundryError, MismatchError
 from ...flux.mini.files import MINI as MINI_FILES
 from ...flux.pipelines.text_to_image import GRID
-from ...flux.sampling.packing import PATCH
 from ...flux.sampling.schedules import flux1_mu
 from ...flux.specs.autoencoder import MINI as MINI_AUTOENCODER
 from ...flux.specs.fit import Given
 from ...flux.specs.flux1 import Flux1Spec
 from ...flux.weights.readers.safetensors import SafetensorsFile
 from .compat import archive_dtypes, is_dynamic, patch, register_reload
-from .conditioning import check_widths
+from .conditioning import check_channels, check_widths
+from .control_lora import further_channels
+from .experts import EXPERT, Expert, expert_of
+from .norms import host_state
 from .packed import PackedLinear, PackedPatcher, pack_layers, packed_state
 from .preflight import ENCODERS, check_together
-from .transformer import WRAPPERS, HostFlux1, sample_with_table
+from .references import VIEWS, ReferenceViews, as_bias, views_of
+from .transformer import WRAPPERS, HostFlux1, host_config, sample_with_table
 from .weights import HostLayers, Numbers, choose_numbers, open_weights
 
 __all__ = ["FoundryFlux", "load_model", "spec_of"]
 
+PATCHER = "fluxfoundry_patcher"  # our key among the host's inputs of ``extra_conds``
 REFERENCE_HIDDEN = 3072  # the host's memory factor of FLUX.1 is measured at this width
 
 
@@ -67,11 +73,47 @@ class FoundryFlux(comfy.model_base.Flux):
         return needed + max((layer.unpacked_bytes for layer in layers), default=0)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """The host's inputs of the denoiser, after a look at whether the text was encoded for this model."""
-        check_together(self.given, kwargs.get(ENCODERS) or ())
-        check_widths(self.spec, kwargs.get("cross_attn"), kwargs.get("pooled_output"))
-        kwargs.setdefault("guidance", self.spec.guidance)
-        return super().extra_conds(**kwargs)
+        """The inputs of the denoiser for an entry of a CONDITIONING, made by the model that predicts it.
+
+        Raises:
+            UserError: The entry does not fit the model, or a further model is not loaded.
+        """
+        expert = expert_of(kwargs)
+        if expert is None:
+            return self.conds_of(self.current_patcher, kwargs)
+        self._check_present(expert)
+        made: dict[str, Any] = expert.model.conds_of(expert.patcher, kwargs)
+        return made | {EXPERT: comfy.conds.CONDConstant(expert)}
+
+    def conds_of(self, patcher: Any, entry: dict[str, Any]) -> dict[str, Any]:
+        """The host's inputs of the denoiser and ours, after a look at whether an entry fits.
+
+        Args:
+            patcher: What this model is sampled as, with its patches.
+            entry: The entry's dict, and what the sampler adds.
+        """
+        check_together(self.given, entry.get(ENCODERS) or ())
+        check_widths(self.spec, entry.get("cross_attn"), entry.get("pooled_output"))
+        check_channels(patcher, entry, masked=entry.get("denoise_mask") is not None)
+        given = {"guidance": self.spec.guidance, **entry, PATCHER: patcher}
+        if given.get("attention_mask") is not None:
+            given["attention_mask"] = as_bias(given["attention_mask"])
+        made: dict[str, Any] = super().extra_conds(**given)
+        views = views_of(entry, entry["noise"].shape[-2:])
+        return made | ({VIEWS: ReferenceViews(views)} if views else {})
+
+    def concat_cond(self, **kwargs: Any) -> Tensor | None:
+        """What stands behind the noisy latent's channels: the model's own further ones, then each control LoRA's."""
+        return further_channels(self, kwargs.get(PATCHER) or self.current_patcher, kwargs)
+
+    def _check_present(self, expert: Expert) -> None:
+        patcher = self.current_patcher
+        loaded = [self] if patcher is None else [self, *(p.model for p in patcher.get_nested_additional_models())]
+        if not any(expert.model is model for model in loaded):
+            raise MismatchError(
+                "the CONDITIONING is FLUX Combine's, but the MODEL is not; connect the model output of FLUX Combine to "
+                "the sampler"
+            )
 
 
 def load_model(path: str, dtype: str = "auto", variant: str | None = None, disable_dynamic: bool = False) -> Any:
@@ -100,7 +142,7 @@ def load_model(path: str, dtype: str = "auto", variant: str | None = None, disab
     dynamic = is_dynamic(patcher)
     kept = weights.stored if dynamic and dtype == "auto" else numbers.weights
     state = weights.read(kept, without=packed, streamed=dynamic) | packed_state(packed, device)
-    model.diffusion_model.load_state_dict(state, assign=True)
+    model.diffusion_model.load_state_dict(host_state(state), assign=True)
     model.diffusion_model.requires_grad_(False)
     patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry", sample_with_table)
     register_reload(patcher, load_model, path, dtype, variant)
@@ -110,29 +152,6 @@ def load_model(path: str, dtype: str = "auto", variant: str | None = None, disab
 def spec_of(patcher: Any) -> Flux1Spec | None:
     """What a MODEL is, if this pack loaded it."""
     return getattr(patcher.model, "spec", None) if isinstance(patcher.model, FoundryFlux) else None
-
-
-def host_config(spec: Flux1Spec) -> dict[str, Any]:
-    """The host's name for each of a spec's fields; LoRA nodes and others read them."""
-    patch_area = PATCH * PATCH
-    return {
-        "disable_unet_model_creation": True,  # we set the network ourselves
-        "image_model": "flux",
-        "in_channels": spec.in_channels // patch_area,
-        "out_channels": spec.out_channels // patch_area,
-        "patch_size": PATCH,
-        "vec_in_dim": spec.pooled_width,
-        "context_in_dim": spec.context_width,
-        "hidden_size": spec.hidden,
-        "mlp_ratio": spec.mlp_ratio,
-        "num_heads": spec.heads,
-        "depth": spec.double_blocks,
-        "depth_single_blocks": spec.single_blocks,
-        "axes_dim": list(spec.axes),
-        "theta": int(spec.theta),
-        "qkv_bias": True,
-        "guidance_embed": spec.guidance_embedding,
-    }
 
 
 def sampling_settings(spec: Flux1Spec) -> dict[str, float]:

@@ -15,12 +15,22 @@ from pathlib import Path, PurePath
 import folder_paths
 
 from ...flux.errors import MissingFileError
-from ...flux.mini.files import MINI, MINI_SCHNELL, MiniFiles
+from ...flux.mini.files import (
+    MINI,
+    MINI_CANNY,
+    MINI_DEPTH,
+    MINI_FILL,
+    MINI_KONTEXT,
+    MINI_SCHNELL,
+    REDUX_MINI_FILE,
+    SIGLIP_MINI_FILE,
+    MiniFiles,
+)
 from ...flux.weights.readers.sharded import INDEX_SUFFIX, SHARD
 
 __all__ = [
-    "ANY_FILE", "CHECKPOINTS", "CLIPS", "EMBEDDED", "EMBEDDED_MODELS", "MODELS", "T5S", "VAES", "AnyFile", "Choice",
-    "resolve_embedded",
+    "ANY_FILE", "CHECKPOINTS", "CLIPS", "EMBEDDED", "EMBEDDED_MODELS", "MODELS", "STYLE_MODELS", "T5S", "VAES",
+    "VISION_TOWERS", "AnyFile", "Choice", "resolve_embedded",
 ]  # fmt: skip
 
 EMBEDDED, CHECKPOINTS = "embedded: ", "checkpoints: "
@@ -28,7 +38,12 @@ HOST_SUFFIXES = (".safetensors", ".sft")  # that the host lists itself
 OWN_SUFFIXES = (".gguf", INDEX_SUFFIX)
 SUFFIXES = (*HOST_SUFFIXES, *OWN_SUFFIXES)
 LEFT_OUT = [".git"]  # folders, as in the host's own listing
-EMBEDDED_MODELS: dict[str, MiniFiles] = {"mini": MINI, "mini schnell": MINI_SCHNELL}
+GUIDED_MODELS = {"fill": MINI_FILL, "canny": MINI_CANNY, "depth": MINI_DEPTH, "kontext": MINI_KONTEXT}
+EMBEDDED_MODELS: dict[str, MiniFiles] = {
+    "mini": MINI,
+    "mini schnell": MINI_SCHNELL,
+    **{f"mini {task}": files for task, files in GUIDED_MODELS.items() if files.transformer.is_file()},
+}
 INSPECTED = (
     "diffusion_models", "checkpoints", "text_encoders", "vae", "loras", "controlnet", "style_models", "clip_vision",
 )  # fmt: skip
@@ -59,13 +74,13 @@ class Choice:
 
     Args:
         folder: The host's key of the folder.
-        own: Embedded files by name.
+        own: Embedded files by name; those that are not there are not listed.
         kind: Of the part that a checkpoint has to hold to be listed.
     """
 
     def __init__(self, folder: str, own: dict[str, Path], kind: str) -> None:
         self.folder, self.kind = folder, kind
-        self.own = {EMBEDDED + name: path for name, path in own.items()}
+        self.own = {EMBEDDED + name: path for name, path in own.items() if path.is_file()}
 
     def names(self) -> list[str]:
         """Embedded files first, then the folder's, then checkpoints that hold such a part.
@@ -126,7 +141,7 @@ class AnyFile:
 
     def names(self) -> list[str]:
         """Embedded files first, then those of each folder."""
-        own = [name for choice in (MODELS, CLIPS, T5S, VAES) for name in choice.own]
+        own = [name for choice in CHOICES for name in choice.own]
         return [*own, *(f"{folder}: {name}" for folder in INSPECTED for name in list_files(folder))]
 
     def resolve(self, name: str) -> Path:
@@ -135,7 +150,7 @@ class AnyFile:
         Raises:
             MissingFileError: There is no such file any more.
         """
-        for choice in (MODELS, CLIPS, T5S, VAES):
+        for choice in CHOICES:
             if name in choice.own:
                 return choice.own[name]
         folder, _, own = name.partition(": ")
@@ -217,12 +232,19 @@ def _looks_prefixed(name: str) -> bool:
 
 MODELS = Choice(
     "diffusion_models",
-    {"flux1-mini": MINI.transformer, "flux1-mini-schnell": MINI_SCHNELL.transformer},
+    {
+        "flux1-mini": MINI.transformer,
+        "flux1-mini-schnell": MINI_SCHNELL.transformer,
+        **{f"flux1-{task}-mini": files.transformer for task, files in GUIDED_MODELS.items()},
+    },
     "transformer",
 )
 CLIPS = Choice("text_encoders", {"clip-mini": MINI.clip}, "clip")
 T5S = Choice("text_encoders", {"t5-mini": MINI.t5}, "t5")
 VAES = Choice("vae", {"flux1-mini-ae": MINI.autoencoder}, "autoencoder")
+STYLE_MODELS = Choice("style_models", {"flux1-redux-mini": REDUX_MINI_FILE}, "redux")
+VISION_TOWERS = Choice("clip_vision", {"siglip-mini": SIGLIP_MINI_FILE}, "vision")
+CHOICES = (MODELS, CLIPS, T5S, VAES, STYLE_MODELS, VISION_TOWERS)
 ANY_FILE = AnyFile()
 
 

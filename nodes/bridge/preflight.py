@@ -11,7 +11,7 @@ from ...flux.errors import MismatchError
 from ...flux.pipelines.library import given_files
 from ...flux.specs.fit import Given, check_fit, faults_between
 from .files import describe_file
-from .paths import CHECKPOINTS, CLIPS, MODELS, T5S, VAES, find_file, list_files
+from .paths import CHECKPOINTS, CLIPS, MODELS, STYLE_MODELS, T5S, VAES, VISION_TOWERS, find_file, list_files
 from .progress import show
 
 __all__ = ["ENCODERS", "MODEL", "check_together", "fit_report", "given_of", "show_loaded", "users_files"]
@@ -25,8 +25,17 @@ FOLDERS = {
     "clip": ("text_encoders", "checkpoints"),
     "t5": ("text_encoders", "checkpoints"),
     "autoencoder": ("vae", "checkpoints"),
+    "redux": ("style_models", "checkpoints"),
+    "vision": ("clip_vision", "checkpoints"),
 }
-OWN = {"transformer": MODELS, "clip": CLIPS, "t5": T5S, "autoencoder": VAES}
+OWN = {
+    "transformer": MODELS,
+    "clip": CLIPS,
+    "t5": T5S,
+    "autoencoder": VAES,
+    "redux": STYLE_MODELS,
+    "vision": VISION_TOWERS,
+}
 
 
 def users_files(kinds: Iterable[str]) -> list[Given]:

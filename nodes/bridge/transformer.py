@@ -5,29 +5,32 @@ Shapes: B batch (of all prompts of a call together), C channels, h and w in late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import comfy.patcher_extension
 import torch
+from comfy.ldm.flux.model import FluxParams
 from torch import Tensor
 
-from ...flux.errors import UserError
 from ...flux.models.flux1 import Conditions, Flux1, Modulations
-from ...flux.models.positions import image_ids, text_ids
+from ...flux.models.positions import LAYOUTS, text_ids
 from ...flux.pipelines.modulation_tables import tabulate
-from ...flux.sampling.packing import PATCH, pack, pad_to_patch, token_grid, unpack
+from ...flux.sampling.packing import PATCH, pack, pad_to_patch, unpack
 from ...flux.specs.flux1 import Flux1Spec
 from .blocks import is_patched, run_patched
+from .experts import EXPERT, TABLE, Expert
+from .norms import use_host_norms
 from .packed import lend
 from .progress import check_cancelled
+from .references import VIEWS, joint_bias, positions, reference_tokens
 from .weights import HostLayers
 
-__all__ = ["TABLE", "HostFlux1", "ModulationTable", "sample_with_table"]
+__all__ = ["HostFlux1", "ModulationTable", "host_config", "sample_with_table"]
 
-TABLE = "fluxfoundry_modulations"  # our key in the host's transformer_options
 AHEAD = 64  # times, which take 2 MB each for FLUX.1 [dev] in bf16
 WRAPPERS = comfy.patcher_extension.WrappersMP
 
@@ -44,6 +47,11 @@ class ModulationTable:
     def __init__(self, sigmas: Sequence[float]) -> None:
         self.moments = sorted({float(s) for s in sigmas if s > 0}, reverse=True)
         self._rows: dict[Row, dict[float, Modulations]] = {}
+        self._beside: dict[int, ModulationTable] = {}
+
+    def beside(self, model: object) -> ModulationTable:
+        """The table of a further model of the run."""
+        return self._beside.setdefault(id(model), ModulationTable(self.moments))
 
     def lookup(self, row: Row, moment: float, compute: Callable[[Sequence[float]], list[Modulations]]) -> Modulations:
         """The modulations of a prompt at a time; ``compute`` makes those of times that are not in the table."""
@@ -80,6 +88,8 @@ class HostFlux1(Flux1):
     def __init__(self, spec: Flux1Spec, layers: HostLayers, dtype: torch.dtype) -> None:
         super().__init__(spec, layers)
         self.dtype = dtype
+        self.params = parameters(spec)
+        use_host_norms(self, layers)
 
     def forward(  # type: ignore[override]
         self,
@@ -101,12 +111,18 @@ class HostFlux1(Flux1):
             context: T5 tokens (B, T, width).
             y: CLIP's pooled vectors (B, width); zeros when None.
             guidance: Strengths (B,); None leaves the guidance embedding out.
-            ref_latents: Not supported by this version.
+            ref_latents: References (B, C, any h, any w), in the model's space.
             control: A ControlNet's residuals.
             transformer_options: The host's patches and information.
-            **kwargs: What other models take.
+            **kwargs: ``ref_latents_method``, ``attention_mask`` and our own keys; and what other models take.
         """
         options = {} if transformer_options is None else transformer_options
+        expert: Expert | None = kwargs.pop(EXPERT, None)
+        if expert is not None:
+            own = expert.options(options)
+            if TABLE in own:
+                own[TABLE] = own[TABLE].beside(expert.model)
+            return expert(x, timestep, context, y, guidance, ref_latents, control, own, **kwargs)
         wrappers = comfy.patcher_extension.get_all_wrappers(WRAPPERS.DIFFUSION_MODEL, options)
         run = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
         return run.execute(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
@@ -124,19 +140,30 @@ class HostFlux1(Flux1):
         **kwargs: Any,
     ) -> Tensor:
         options = dict(transformer_options or {})
-        _refuse(ref_latents, kwargs)
         padded, size = pad_to_patch(x)
-        ids = scaled_ids(image_ids(*token_grid(*size), x.device), options.get("rope_options") or {})
-        conditions = Conditions(context, text_ids(context.shape[1], x.device), ids)
+        tokens = pack(padded)
+        own = tokens.shape[1]
+        references = reference_tokens(ref_latents or (), tokens.shape[-1])
+        counts = [part.shape[1] for part in references]
+        if references:
+            options["reference_image_num_tokens"] = counts
+            tokens = torch.cat((tokens, *references), dim=1)
+        method = kwargs.get("ref_latents_method") or getattr(self.params, "default_ref_method", LAYOUTS[0])
+        sizes = [(int(latent.shape[-2]), int(latent.shape[-1])) for latent in ref_latents or ()]
+        ids = positions(size, sizes, method, options.get("rope_options") or {}, x.device)
+        views = kwargs.get(VIEWS) or ()
+        bias = joint_bias(kwargs.get("attention_mask"), views, context.shape[1], size, counts, x.device)
+        conditions = Conditions(
+            context, text_ids(context.shape[1], x.device), ids, None if bias is None else bias[:, None].to(x.dtype)
+        )
         pooled = x.new_zeros(len(x), self.spec.pooled_width) if y is None else y
         modulations = self._modulations(timestep, pooled, guidance, options.get(TABLE))
-        tokens = pack(padded)
         if is_patched(options, control):
             vector = self.embed(timestep, pooled, guidance)
             velocity = run_patched(self, tokens, conditions, modulations, vector, control, options)
         else:
             velocity = super().forward(tokens, conditions, modulations, check_cancelled)
-        return unpack(velocity, *size)
+        return unpack(velocity[:, :own], *size)
 
     def _modulations(
         self, times: Tensor, pooled: Tensor, guidance: Tensor | None, table: ModulationTable | None
@@ -177,13 +204,34 @@ class HostFlux1(Flux1):
             yield product
 
 
-def scaled_ids(ids: Tensor, options: Mapping[str, float]) -> Tensor:
-    """Image positions (tokens, 3) as the host's ``rope_options`` scale and shift them, axis by axis."""
-    if not options:
-        return ids
-    scale = ids.new_tensor([1.0, options.get("scale_y", 1.0), options.get("scale_x", 1.0)])
-    shift = ids.new_tensor([options.get(f"shift_{axis}", 0.0) for axis in "tyx"])
-    return ids * scale + shift
+def host_config(spec: Flux1Spec) -> dict[str, Any]:
+    """The host's name for each of a spec's fields; LoRA nodes and others read them."""
+    patch_area = PATCH * PATCH
+    return {
+        "disable_unet_model_creation": True,  # we set the network ourselves
+        "image_model": "flux",
+        "in_channels": spec.in_channels // patch_area,
+        "out_channels": spec.out_channels // patch_area,
+        "patch_size": PATCH,
+        "vec_in_dim": spec.pooled_width,
+        "context_in_dim": spec.context_width,
+        "hidden_size": spec.hidden,
+        "mlp_ratio": spec.mlp_ratio,
+        "num_heads": spec.heads,
+        "depth": spec.double_blocks,
+        "depth_single_blocks": spec.single_blocks,
+        "axes_dim": list(spec.axes),
+        "theta": int(spec.theta),
+        "qkv_bias": True,
+        "guidance_embed": spec.guidance_embedding,
+    }
+
+
+def parameters(spec: Flux1Spec) -> FluxParams:
+    """A transformer's settings as the host's own has them, for nodes that read or change them."""
+    known = {field.name for field in fields(FluxParams)}
+    given = {**host_config(spec), "txt_ids_dims": []}
+    return FluxParams(**{name: value for name, value in given.items() if name in known})
 
 
 def _stack(rows: Sequence[Modulations]) -> Modulations:
@@ -191,16 +239,3 @@ def _stack(rows: Sequence[Modulations]) -> Modulations:
         *(tuple(torch.cat(parts) for parts in zip(*(row[i] for row in rows), strict=True)) for i in range(3)),
         final=torch.cat([row.final for row in rows]),
     )
-
-
-def _refuse(ref_latents: list[Tensor] | None, extra: dict[str, Any]) -> None:
-    if ref_latents:
-        raise UserError(
-            "the CONDITIONING carries reference latents, which FLUX Foundry's MODEL does not take in this version; "
-            "take ReferenceLatent out, or load the model with ComfyUI's Load Diffusion Model"
-        )
-    if extra.get("attention_mask") is not None:
-        raise UserError(
-            "the CONDITIONING carries an attention mask, which FLUX Foundry's MODEL does not take in this version; "
-            "use strength_type 'multiply' in Apply Style Model"
-        )

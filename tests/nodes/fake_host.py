@@ -20,11 +20,12 @@ FILES = {
 }
 LISTED = (".ckpt", ".safetensors", ".sft")  # by the host
 TYPES = (
-    "Boolean", "Clip", "Combo", "Conditioning", "Float", "Image", "Int", "Latent", "Mask", "Model", "Sigmas", "String",
-    "Vae",
+    "Boolean", "Clip", "ClipVision", "Combo", "Conditioning", "Float", "Image", "Int", "Latent", "Mask", "Model",
+    "Sigmas", "String", "StyleModel", "Vae",
 )  # fmt: skip
 COMMON = {"display_name", "optional", "tooltip"}
 OPTIONS = {
+    "Boolean": {"default"},
     "Combo": {"options", "default"},
     "Float": {"default", "min", "max", "step", "round", "force_input"},
     "Int": {"default", "min", "max", "step", "control_after_generate", "force_input"},
@@ -80,9 +81,11 @@ def _type(kind: str) -> SimpleNamespace:
 def modules(folder: Path) -> dict[str, ModuleType]:
     """Modules by name; files lie in ``folder`` below their key."""
     io = SimpleNamespace(Schema=Schema, NodeOutput=NodeOutput, ComfyNode=ComfyNode, Input=Input, Output=Output)
-    vars(io).update({kind: _type(kind) for kind in TYPES})
+    vars(io).update({kind: _type(kind) for kind in TYPES}, Custom=_type)
     api, latest, paths = ModuleType("comfy_api"), ModuleType("comfy_api.latest"), ModuleType("folder_paths")
-    ui = SimpleNamespace(PreviewText=lambda text: {"text": (text,)})
+    ui = SimpleNamespace(
+        PreviewText=lambda text: {"text": (text,)}, PreviewImage=lambda image, cls=None: {"images": image}
+    )
     vars(latest).update(io=io, ui=ui, ComfyExtension=type("ComfyExtension", (), {}))
     vars(api).update(latest=latest)
 
@@ -108,5 +111,7 @@ def modules(folder: Path) -> dict[str, ModuleType]:
         get_full_path_or_raise=full_path,
         get_folder_paths=lambda key: [str(folder / key)],
         recursive_search=search,
+        models_dir=str(folder),
+        add_model_folder_path=lambda key, path, is_default=False: None,
     )
     return {"comfy_api": api, "comfy_api.latest": latest, "folder_paths": paths}

@@ -33,6 +33,46 @@ CONTRACT = {
         ],
         ["Latent"],
     ),
+    "FluxFoundryInpaintCrop": (
+        ["image", "mask", "side", "context", "min_context", "grow", "blur", "fill_holes", "invert", "multiple"],
+        ["Image", "Mask", "FLUXFOUNDRY_CROP"],
+    ),
+    "FluxFoundryStitch": (["image", "crop", "colour_match"], ["Image"]),
+    "FluxFoundryOutpaint": (
+        ["image", "left", "right", "top", "bottom", "aspect", "anchor", "feather", "fill"],
+        ["Image", "Mask", "FLUXFOUNDRY_CROP"],
+    ),
+    "FluxFoundryFill": (
+        ["positive", "vae", "image", "mask", "strength", "start", "end", "rounding", "noise_mask", "negative"],
+        ["Conditioning", "Conditioning", "Latent"],
+    ),
+    "FluxFoundryControl": (
+        [
+            "positive", "vae", "image", "kind", "low", "high", "automatic", "fit", "strength", "start", "end", "slot",
+            "negative", "latent", "region",
+        ],
+        ["Conditioning", "Conditioning", "Latent", "Image"],
+    ),
+    "FluxFoundryCanny": (["image", "low", "high", "automatic"], ["Image"]),
+    "FluxFoundryDepth": (["image", "model", "normalisation", "invert"], ["Image"]),
+    "FluxFoundryLoadControlLora": (["model", "lora", "strength"], ["Model"]),
+    "FluxFoundryLoadRedux": (["redux", "vision_tower"], ["StyleModel", "ClipVision"]),
+    "FluxFoundryRedux": (
+        [
+            "conditioning", "style_model", "clip_vision", "image", "strength", "strength_mode", "detail", "max_tokens",
+            "fit", "start", "end", "mask", "region",
+        ],
+        ["Conditioning"],
+    ),
+    "FluxFoundryReference": (
+        [
+            "conditioning", "vae", "image", "strength", "start", "end", "layout", "fit", "max_megapixels", "region",
+        ],
+        ["Conditioning", "Latent", "FLUXFOUNDRY_CROP"],
+    ),
+    "FluxFoundryCombine": (
+        ["model_1", "conditioning_1", "model_2", "conditioning_2", "balance"], ["Model", "Conditioning"],
+    ),
     "FluxFoundryInspectFile": (["file", "model"], ["String"]),
     "FluxFoundrySaveModel": (["model", "filename_prefix", "format", "layout"], ["String"]),
 }  # fmt: skip

@@ -70,12 +70,12 @@ class ProbeForeignLatent(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        inputs = [io.Int.Input("channels", default=16)]
+        inputs = [io.Int.Input("channels", default=16), io.Float.Input("value", default=1.0, optional=True)]
         return io.Schema("ProbeForeignLatent", category="probe", inputs=inputs, outputs=[io.Latent.Output()])
 
     @classmethod
-    def execute(cls, channels):
-        latent = {"samples": torch.ones(1, channels, 16, 16)}
+    def execute(cls, channels, value=1.0):
+        latent = {"samples": torch.full((1, channels, 16, 16), value)}
         return io.NodeOutput(latent | ({"fluxfoundry_autoencoder": "flux1-ae"} if channels == 16 else {}))
 
 
@@ -362,6 +362,216 @@ class ProbeVelocity(io.ComfyNode):
         return io.NodeOutput(ui={"report": [json.dumps(numbers)]})
 
 
+def denoiser_inputs(case):
+    """Inputs of a denoiser for a case of ``ProbeParity``, the same for every model."""
+    generator = torch.Generator().manual_seed(case.get("seed", 11))
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    height, width = case.get("size", [8, 8])
+    batch, text = case.get("batch", 1), case.get("text", 12)
+    inputs = {
+        "x": draw(batch, case.get("channels", 16), height, width), "timestep": torch.full((batch,), 0.7),
+        "context": draw(batch, text, 192), "y": draw(batch, 128), "guidance": torch.full((batch,), 3.0),
+    }  # fmt: skip
+    if "references" in case:
+        inputs["ref_latents"] = [draw(batch, 16, *size) for size in case["references"]]
+        inputs |= {"ref_latents_method": case["method"]} if "method" in case else {}
+    if "mask" in case:
+        length = text + -(-height // 2) * -(-width // 2)
+        mask = 2 * draw(batch, length, length)
+        inputs["attention_mask"] = {
+            "additive": mask, "boolean": mask > -1, "log": torch.log((mask > -1).float()),
+        }[case["mask"]]  # fmt: skip
+    return inputs
+
+
+def as_our_views(case):
+    """How references are looked at, as the pack's own input."""
+
+    def region(view):
+        return None if view.get("region") is None else torch.tensor(view["region"])[None, None]
+
+    return {"fluxfoundry_references": tuple((view["strength"], region(view)) for view in case["views"])}
+
+
+def as_mask(case):
+    """The same, written out as an attention mask of all tokens, for a model that knows no views. Sizes are even."""
+    text, (height, width) = case.get("text", 12), case.get("size", [8, 8])
+    image = height * width // 4
+    start, length = text + image, text + image + sum(h * w // 4 for h, w in case["references"])
+    mask = torch.zeros(1, length, length)
+    if "mask" in case:
+        mask[:, :start, :start] = denoiser_inputs(case)["attention_mask"]
+    for (h, w), view in zip(case["references"], case["views"], strict=False):  # what has no view is plain
+        own = range(start, start + h * w // 4)
+        cells = torch.tensor(view.get("region") or [[1.0] * width] * height)
+        inside = [float(cells[y : y + 2, x : x + 2].mean()) for y in range(0, height, 2) for x in range(0, width, 2)]
+        for query in range(length):
+            if query not in own:
+                is_image = text <= query < text + image
+                weight = view["strength"] * (inside[query - text] if is_image else min(inside))
+                mask[:, query, own.start : own.stop] += torch.log(torch.tensor(weight))
+        start = own.stop
+    return {"attention_mask": mask}
+
+
+def replaced_blocks(seen):
+    """Patches on two blocks that note what they are given, and change the tokens a little."""
+
+    def block(args, extra):
+        seen.append([None if args["attn_mask"] is None else list(args["attn_mask"].shape), args["pe"].shape[2]])
+        out = extra["original_block"](args)
+        return {**out, "img": 1.01 * out["img"]}
+
+    return {"patches_replace": {"dit": {("double_block", 0): block, ("single_block", 1): block}}}
+
+
+def watched_attention(seen):
+    def patch(q, k, v, pe=None, attn_mask=None, extra_options=None):
+        shape = None if attn_mask is None else list(attn_mask.shape)
+        seen.append([shape, extra_options.get("reference_image_num_tokens")])
+        return {"q": 1.1 * q}
+
+    return {"patches": {"attn1_patch": [patch]}}
+
+
+def unmasked_blocks(seen):
+    """A patch that takes the mask away from the block that it replaces."""
+
+    def block(args, extra):
+        return extra["original_block"]({**args, "attn_mask": None})
+
+    return {"patches_replace": {"dit": {("double_block", 0): block}}}
+
+
+WATCHED = {patch.__name__: patch for patch in (replaced_blocks, watched_attention, unmasked_blocks)}
+
+
+class ProbeParity(io.ComfyNode):
+    """Reports, for every case, how far two MODELs' velocities lie apart, and what patches on them were given."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Model.Input("a"), io.Model.Input("b"), io.String.Input("cases")]
+        return io.Schema("ProbeParity", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, a, b, cases):
+        comfy.model_management.load_models_gpu([a, b])
+        report = []
+        for case in json.loads(cases):
+            found = []
+            for model, given in ((a, case), (b, {**case, **case.get("for_b", {})})):
+                seen, options = [], {}
+                if "patch" in case:
+                    options = WATCHED[case["patch"]](seen)
+                if "rope" in case:
+                    options["rope_options"] = case["rope"]
+                inputs = denoiser_inputs(given)
+                if "views" in case:
+                    inputs |= (as_our_views if model is a else as_mask)(given)
+                out = model.model.diffusion_model(**inputs, transformer_options=options)
+                found.append((out, seen))
+            (one, told), (other, told_other) = found
+            changes = ("references", "mask", "patch", "rope") if "views" not in case else ("views", "mask", "patch")
+            plain = {name: value for name, value in case.items() if name not in changes}
+            alone = b.model.diffusion_model(**denoiser_inputs(plain))
+            error, effect = (float((v - other).abs().max() / other.abs().max()) for v in (one, alone))
+            report.append({"error": error, "effect": effect, "told": told, "told_other": told_other})
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
+class RandomStyle:
+    """A style model that gives the same tokens for whatever it is shown."""
+
+    def get_cond(self, output):
+        return output + torch.randn(1, 9, 192, generator=torch.Generator().manual_seed(8))
+
+
+class ProbeStyle(io.ComfyNode):
+    """A style model, and what it is shown."""
+
+    @classmethod
+    def define_schema(cls):
+        outputs = [io.StyleModel.Output(), io.ClipVisionOutput.Output()]
+        return io.Schema("ProbeStyle", category="probe", inputs=[], outputs=outputs)
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput(RandomStyle(), torch.zeros(1))
+
+
+class ProbePicture(io.ComfyNode):
+    """A picture of random patches, of any size."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Int.Input(name, default=128) for name in ("width", "height", "seed")]
+        return io.Schema("ProbePicture", category="probe", inputs=inputs, outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls, width, height, seed):
+        patches = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        picture = torch.nn.functional.interpolate(patches, (height, width), mode="nearest")
+        return io.NodeOutput(picture.movedim(1, -1))
+
+
+class ProbeControls(io.ComfyNode):
+    """A control picture for a slot of a MODEL."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Conditioning.Input("conditioning"), io.Latent.Input("latent"), io.Int.Input("slot", default=2),
+                  io.Boolean.Input("ours", default=True)]  # fmt: skip
+        return io.Schema("ProbeControls", category="probe", inputs=inputs, outputs=[io.Conditioning.Output()])
+
+    @classmethod
+    def execute(cls, conditioning, latent, slot, ours):
+        samples, key = latent["samples"], "fluxfoundry_controls"
+
+        def with_picture(extra):
+            if not ours:
+                return {**extra, "concat_latent_image": samples}
+            return {**extra, key: {**extra.get(key, {}), slot: samples}}
+
+        return io.NodeOutput([[text, with_picture(extra)] for text, extra in conditioning])
+
+
+class ProbeConditions(io.ComfyNode):
+    """Reports the shapes of what a CONDITIONING carries, entry by entry."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Conditioning.Input("conditioning"), io.Custom("FLUXFOUNDRY_CROP").Input("crop", optional=True),
+                  io.Latent.Input("latent", optional=True)]  # fmt: skip
+        return io.Schema("ProbeConditions", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, conditioning, crop=None, latent=None):
+        def told(value):
+            if isinstance(value, torch.Tensor):
+                return list(value.shape)
+            if isinstance(value, dict):
+                return {str(key): told(one) for key, one in value.items()}
+            return [told(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+        keys = (
+            "reference_latents",
+            "reference_latents_method",
+            "fluxfoundry_references",
+            "start_percent",
+            "end_percent",
+        )
+        report = {"entries": [{key: told(extra[key]) for key in keys if key in extra} for _, extra in conditioning]}
+        if crop is not None:
+            report["crop"] = {"picture": list(crop.picture.shape), "original": list(crop.original.shape)}
+        if latent is not None:
+            report["latent"] = list(latent["samples"].shape)
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
 class ProbeText(io.ComfyNode):
     """Reports a conditioning's numbers."""
 
@@ -381,7 +591,8 @@ class Probes(ComfyExtension):
     async def get_node_list(self):
         return [
             ProbeConditioning, ProbeCompare, ProbePick, ProbeModel, ProbeForeignLatent, ProbeTokens, ProbeTable,
-            ProbeMemory, ProbeVelocity, ProbeText,
+            ProbeMemory, ProbeVelocity, ProbeText, ProbeParity,
+            ProbeStyle, ProbePicture, ProbeControls, ProbeConditions,
         ]  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""CONDITIONING as a list of entries, and how a part is put into it for a time, in a region, with a strength.
+
+The host's sampler runs a model once for every entry that is active at a step, and gives the mean of the predictions,
+weighed by each entry's mask and strength. So a part that acts only for a while, somewhere, or not fully, is two entries
+where there was one: with it, and without. Any MODEL and any sampler of the host's understands that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...flux.adapters.guides import check_span
+
+__all__ = ["Change", "Conditioning", "with_part"]
+
+Conditioning = list[list[Any]]
+Extra = dict[str, Any]
+Change = Callable[[Tensor, Extra], tuple[Tensor, Extra]]
+
+START, END, MASK, MASK_STRENGTH, STRENGTH = "start_percent", "end_percent", "mask", "mask_strength", "strength"
+NUDGE = 1e-4  # of a run: borders lie just before the step at that place, so that none of the two entries shares it
+
+
+def with_part(
+    conditioning: Conditioning,
+    change: Change,
+    *,
+    start: float = 0.0,
+    end: float = 1.0,
+    share: float = 1.0,
+    region: Tensor | None = None,
+) -> Conditioning:
+    """A CONDITIONING with a part in every entry; nothing that came in is changed.
+
+    Args:
+        conditioning: Any node's.
+        change: Gives an entry's text (1, T, D) and its dict with the part; gets a dict of its own.
+        start: From when the part acts, as a fraction of the run.
+        end: Until when.
+        share: How much of the prediction is made with the part; the rest is made without it.
+        region: MASK (B, H, W) of where in the picture the part acts; None for everywhere.
+
+    Raises:
+        UserError: ``start`` is not before ``end``, or one is not in 0..1.
+    """
+    check_span(start, end)
+    out: Conditioning = []
+    for text, extra in conditioning:
+        first, last = extra.get(START, 0.0), extra.get(END, 1.0)
+        begins, ends = max(first, _border(start)), min(last, _border(end))
+        if begins >= ends:
+            out.append([text, dict(extra)])
+            continue
+        if first < begins:
+            out.append([text, {**extra, START: first, END: begins}])
+        timed = dict(extra) if (begins, ends) == (first, last) else {**extra, START: begins, END: ends}
+        out += _entries(text, timed, change, share, region)
+        if ends < last:
+            out.append([text, {**extra, START: ends, END: last}])
+    return out
+
+
+def _border(moment: float) -> float:
+    return moment if moment in (0.0, 1.0) else max(0.0, moment - NUDGE)
+
+
+def _entries(text: Tensor, extra: Extra, change: Change, share: float, region: Tensor | None) -> Conditioning:
+    """One entry with the part, and, where it does not act fully, one without."""
+    made: Conditioning = []
+    if share > 0:
+        made.append(list(change(text, _weighed(extra, share, region, inside=True))))
+    if share != 1 or region is not None:
+        made.append([text, _weighed(extra, share, region, inside=False)])
+    return made
+
+
+def _weighed(extra: Extra, share: float, region: Tensor | None, *, inside: bool) -> Extra:
+    """An entry's dict with the weight of the part, or of what the part leaves."""
+    if region is None:
+        weight = share if inside else 1 - share
+        return dict(extra) if weight == 1 else {**extra, STRENGTH: extra.get(STRENGTH, 1.0) * weight}
+    weights = region.float() * share if inside else 1 - region.float() * share
+    before = extra.get(MASK)
+    if before is not None:
+        weights = weights * _resized(before.float(), weights)
+    return {**extra, MASK: weights, MASK_STRENGTH: extra.get(MASK_STRENGTH, 1.0)}
+
+
+def _resized(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (B, H, W) at the size of another."""
+    mask = mask if mask.ndim == like.ndim else mask[None]
+    if mask.shape[-2:] == like.shape[-2:]:
+        return mask
+    return torch.nn.functional.interpolate(mask[:, None], like.shape[-2:], mode="bilinear")[:, 0]

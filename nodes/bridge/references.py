@@ -1,0 +1,266 @@
+"""References: pictures whose tokens stand behind the image's, for a MODEL to look at, and how much it does.
+
+They ride in the host's CONDITIONING under the host's key, so that core nodes and core MODELs understand them; strength
+and region of each stand beside it under a key of ours, which only our MODEL reads.
+
+Shapes: B batch, L tokens in all, T of the text, I of the image, C latent channels, h and w in latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.conds
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...flux.adapters.attending import Span, attention_bias
+from ...flux.adapters.blending import fitted
+from ...flux.adapters.guides import check_strength
+from ...flux.editing.inpaint import Box, Crop
+from ...flux.errors import UserError
+from ...flux.models.positions import image_ids, reference_ids
+from ...flux.preprocess.references import FittedReference, fit_reference
+from ...flux.sampling.packing import PATCH, pack, pad_to_patch, token_grid
+from .entries import Conditioning, with_part
+from .progress import say
+
+__all__ = [
+    "LATENTS", "METHOD", "VIEWS", "ReferenceViews", "View", "add_reference", "as_bias", "joint_bias", "positions",
+    "reference_tokens", "views_of",
+]  # fmt: skip
+
+LATENTS, METHOD = "reference_latents", "reference_latents_method"  # the host's keys
+VIEWS = "fluxfoundry_references"  # ours: a list of {"strength", "region"} or None, one for each of the host's list
+TIMESTEP_ZERO = "index_timestep_zero"
+PIXELS_OF_MEGAPIXEL = 1024 * 1024
+
+Extra = dict[str, Any]
+View = tuple[float, Tensor | None]  # strength, and region (1, 1, h, w) of the image's latent cells
+PLAIN: View = (1.0, None)
+
+
+class ReferenceViews(comfy.conds.CONDConstant):  # type: ignore[misc]
+    """How much a model looks at each reference, as the host passes it from a CONDITIONING to the denoiser."""
+
+    def process_cond(self, batch_size: int, area: Sequence[int] | None = None, **_: Any) -> ReferenceViews:
+        """The same for a part of the image: its height, width, top and left in latent cells."""
+        del batch_size
+        if area is None:
+            return self
+        height, width, top, left = area
+        cut = (..., slice(top, top + height), slice(left, left + width))
+        return ReferenceViews(
+            tuple((strength, None if region is None else region[cut]) for strength, region in self.cond)
+        )
+
+    def can_concat(self, other: ReferenceViews) -> bool:
+        """Whether two prompts are looked at alike, so that they may share a call."""
+        return len(self.cond) == len(other.cond) and all(
+            one == two and _equal(mine, theirs)
+            for (one, mine), (two, theirs) in zip(self.cond, other.cond, strict=True)
+        )
+
+
+def _equal(mine: Tensor | None, theirs: Tensor | None) -> bool:
+    if mine is None or theirs is None:
+        return mine is theirs
+    return torch.equal(mine, theirs)
+
+
+def views_of(extra: Mapping[str, Any], size: tuple[int, int] | None = None) -> tuple[View, ...]:
+    """How each reference of a CONDITIONING's entry is looked at; none at all where every one is as the host has it.
+
+    Args:
+        extra: The entry's dict.
+        size: Height and width of the image in latent cells, for regions; None leaves them as they are.
+
+    Raises:
+        UserError: A strength is outside of 0..2.
+    """
+    views: list[View] = []
+    for asked in extra.get(VIEWS) or ():
+        strength = 1.0 if asked is None else float(asked.get("strength", 1.0))
+        check_strength(strength)
+        region = None if asked is None else asked.get("region")
+        if region is not None:
+            region = region.reshape(-1, 1, *region.shape[-2:])[:1]
+            region = region if size is None else fitted(region, _padded(size))
+        views.append((strength, region))
+    return () if all(view == PLAIN for view in views) else tuple(views)
+
+
+def _padded(size: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = token_grid(*size)
+    return rows * PATCH, columns * PATCH
+
+
+def reference_tokens(latents: Sequence[Tensor], channels: int) -> list[Tensor]:
+    """Tokens (B, N, channels) of each reference (B, C, h, w), with zeros for channels that only the image has."""
+    packed = [pack(pad_to_patch(latent)[0]) for latent in latents]
+    return [F.pad(tokens, (0, channels - tokens.shape[-1])) for tokens in packed]
+
+
+def positions(
+    size: tuple[int, int],
+    references: Sequence[tuple[int, int]],
+    layout: str,
+    options: Mapping[str, float],
+    device: torch.device,
+) -> Tensor:
+    """Positions (I + R, 3) of the image's tokens and of the references'.
+
+    Args:
+        size: Height and width of the image in latent cells.
+        references: The same of each reference.
+        layout: One of the host's methods.
+        options: The host's ``rope_options``: they scale the positions within a picture and shift all, axis by axis.
+        device: Where they go.
+
+    Raises:
+        UserError: The method is not one that FLUX.1 takes.
+    """
+    if layout == TIMESTEP_ZERO and references:
+        raise UserError(
+            f"the references' method is {TIMESTEP_ZERO}, which FLUX Foundry's MODEL does not take; choose offset, "
+            "index or uxo, and take Flux KV Cache out, or load the model with ComfyUI's Load Diffusion Model"
+        )
+    within = torch.cat([image_ids(*token_grid(*each), device) for each in (size, *references)])
+    placed = within
+    if references:
+        own = len(within) - sum(rows * columns for rows, columns in (token_grid(*each) for each in references))
+        placed = torch.cat((within[:own], reference_ids(references, size, layout, device)))
+    if not options:
+        return placed
+    scale = placed.new_tensor([1.0, options.get("scale_y", 1.0), options.get("scale_x", 1.0)])
+    shift = placed.new_tensor([options.get(f"shift_{axis}", 0.0) for axis in "tyx"])
+    return placed + within * (scale - 1) + shift
+
+
+def joint_bias(
+    mask: Tensor | None,
+    views: Sequence[View],
+    text: int,
+    size: tuple[int, int],
+    counts: Sequence[int],
+    device: torch.device,
+) -> Tensor | None:
+    """What is added to the attention's logits (1 or B, L, L); None for nothing.
+
+    Args:
+        mask: A CONDITIONING's attention mask (B, n, n), additive or boolean, n the tokens of text and image;
+            references are attended to freely.
+        views: How the first references are looked at; further ones plainly.
+        text: T.
+        size: Height and width of the image in latent cells.
+        counts: Tokens of each reference.
+        device: Where it goes.
+
+    Raises:
+        UserError: The mask has another number of tokens.
+    """
+    grid = token_grid(*size)
+    start = text + grid[0] * grid[1]
+    length = start + sum(counts)
+    spans = []
+    for index, count in enumerate(counts):
+        strength, region = views[index] if index < len(views) else PLAIN
+        spans.append(Span(start, torch.full((count,), strength, device=device), region))
+        start += count
+    bias = attention_bias(spans, text, grid, length)
+    own = None if bias is None else bias[0]
+    if mask is None:
+        return own
+    if mask.shape[-1] != length - sum(counts) or mask.shape[-2] != mask.shape[-1]:
+        raise UserError(
+            f"the CONDITIONING's attention mask is for {mask.shape[-1]} tokens, but its text and the image have "
+            f"{length - sum(counts)}; apply the style model to the text that is sampled with, and change it no further"
+        )
+    added = as_bias(mask)
+    added = F.pad(added if added.ndim == 3 else added[None], (0, sum(counts), 0, sum(counts)))
+    return added if own is None else added + own.to(added)
+
+
+def as_bias(mask: Tensor) -> Tensor:
+    """A mask as what is added to logits; of a boolean one True takes part."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
+def add_reference(
+    conditioning: Conditioning,
+    vae: Any,
+    image: Tensor,
+    *,
+    strength: float,
+    region: Tensor | None,
+    start: float,
+    end: float,
+    layout: str | None,
+    fit: str,
+    megapixels: float,
+) -> tuple[Conditioning, dict[str, Any], Crop]:
+    """Put a picture into a CONDITIONING for the MODEL to look at.
+
+    Args:
+        conditioning: Any node's.
+        vae: Any VAE, which is the MODEL's.
+        image: IMAGE (B, H, W, C); picture k of a batch is looked at by picture k of the latent.
+        strength: 0..2; 0 leaves the reference out.
+        region: MASK (1, H, W) of where in the new picture it is seen; None for everywhere.
+        start: From when, as a fraction of the run.
+        end: Until when.
+        layout: Where its tokens are placed; None for the MODEL's own way.
+        fit: How it is brought to a size that the MODEL takes.
+        megapixels: Larger ones are scaled down to it.
+
+    Returns:
+        The CONDITIONING, an empty LATENT of the reference's size, and what cuts the padding off a picture of that size.
+
+    Raises:
+        UserError: The picture, the strength, the times or the region are none.
+    """
+    check_strength(strength)
+    check_region(region)
+    reference = fit_reference(image, fit, round(megapixels * PIXELS_OF_MEGAPIXEL), warn=say)
+    latents = vae.encode(reference.picture)
+    view = None if strength == 1 and region is None else {"strength": strength, "region": region}
+
+    def change(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
+        before, views = list(extra.get(LATENTS) or ()), list(extra.get(VIEWS) or ())
+        views += [None] * (len(before) - len(views))
+        added = {LATENTS: [*before, latents], VIEWS: [*views[: len(before)], view]}
+        return text, {**extra, **added, **({} if layout is None else {METHOD: layout})}
+
+    out = with_part(conditioning, change, start=start, end=end) if strength > 0 else list(conditioning)
+    return out, {"samples": torch.zeros_like(latents)}, cutting(reference)
+
+
+def check_region(region: Tensor | None) -> None:
+    """Refuse a region that is none, and tell of an empty one.
+
+    Raises:
+        UserError: It has several masks.
+    """
+    if region is None:
+        return
+    masks = region.reshape(-1, *region.shape[-2:])
+    if len(masks) != 1:
+        raise UserError(f"the region has {len(masks)} masks; give one, for every picture of the batch alike")
+    if not bool((masks > 0).any()):
+        say(
+            "the region is empty, so that the reference is seen nowhere; paint where it is to be seen, invert the "
+            "mask, or take it out"
+        )
+
+
+def cutting(reference: FittedReference) -> Crop:
+    """What FLUX Stitch takes, to cut off a painted picture what was added to the reference on the right and below."""
+    size = reference.size
+    content = reference.picture[:, : size.height, : size.width]
+    whole = torch.ones(len(content), size.padded_height, size.padded_width)
+    box = Box(0, 0, size.padded_height, size.padded_width)
+    return Crop(reference.picture, whole, content, whole[:, : size.height, : size.width], box)
