@@ -111,9 +111,7 @@ def _kept(style: StyleTokens, like: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, kept], weights[kept]
 
 
-def attention_bias(
-    spans: Sequence[Span], text: int, grid: tuple[int, int], length: int, prompt: int | None = None
-) -> Tensor | None:
+def attention_bias(spans: Sequence[Span], text: int, grid: tuple[int, int], length: int) -> Tensor | None:
     """The bias (1, 1, L, L) of guides' spans; None where none is weighed.
 
     Args:
@@ -121,7 +119,6 @@ def attention_bias(
         text: T.
         grid: Rows and columns of image tokens, which begin at ``text``.
         length: L.
-        prompt: Not read: all tokens of the text are treated alike.
     """
     weighed = [span for span in spans if span.region is not None or bool((span.weights != 1).any())]
     if not weighed:

@@ -6,7 +6,9 @@ a weighted mean of predictions. With v_i of guides with strengths s_i (times the
 
     v = (sum_i s_i v_i + max(0, 1 - sum_i s_i) v_0) / max(1, sum_i s_i)
 
-A single guide with a strength above 1 goes beyond its prediction instead: v = v_0 + s (v_1 - v_0).
+A single guide with a strength above 1 goes beyond its prediction instead: v = v_0 + s (v_1 - v_0). Where only further
+models have such guides, and the run's own model follows control LoRAs, v_0 is counted as one of them with strength 1. A
+control LoRA with a region parts each of the own model's predictions in one with and one without it.
 
 Shapes: h and w in latent cells.
 """
@@ -14,7 +16,7 @@ Shapes: h and w in latent cells.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -39,13 +41,19 @@ class Prediction:
         end: Until when; not at this moment itself, but for 1.
         own: Its share: the guide whose strength and region give it, None for what the others leave.
         others: The guides that it shares with.
+        counted: Whether a prediction without any of these takes part like one of them, for it follows control LoRAs.
+        inside: Control LoRAs with a region that it follows: it counts where that is.
+        outside: Those that it does not follow: it counts where theirs is not.
     """
 
     guides: tuple[Guide, ...]
     start: float
     end: float
-    own: Guide | None = None
-    others: tuple[Guide, ...] = ()
+    own: Channels | None = None
+    others: tuple[Channels, ...] = ()
+    counted: bool = False
+    inside: tuple[Channels, ...] = ()
+    outside: tuple[Channels, ...] = ()
 
     def covers(self, fraction: float) -> bool:
         """Whether it takes part at a moment of the schedule."""
@@ -55,17 +63,27 @@ class Prediction:
     @property
     def model(self) -> str | None:
         """Which of a run's models makes it; None for the run's own."""
-        return self.own.model if isinstance(self.own, Channels) else None
+        return None if self.own is None else self.own.model
 
     def weight(self, size: tuple[int, int], device: torch.device) -> Tensor:
         """Its weight (1, 1, h, w) or () in a picture of h x w latent cells."""
-        shares = [_share(guide, size, device) for guide in self.others]
-        total = sum(shares, torch.zeros((), device=device))
+        weight = self._share(size, device)
+        for guide in self.inside:
+            weight = weight * _place(guide, size, device)
+        for guide in self.outside:
+            weight = weight * (1 - _place(guide, size, device))
+        return weight
+
+    def _share(self, size: tuple[int, int], device: torch.device) -> Tensor:
+        """Its share among guides that fill channels."""
+        shares = [guide.strength * _place(guide, size, device) for guide in self.others]
+        alone = len(shares) == 1 and not self.counted
+        total = sum(shares, torch.full((), float(self.counted), device=device))
         if self.own is None:
-            rest = 1 - total
-            return rest if len(shares) == 1 else rest.clamp(min=0)
-        share = _share(self.own, size, device)
-        return share if len(shares) == 1 else share / total.clamp(min=1)
+            rest = torch.ones((), device=device) if self.counted else 1 - total
+            return rest / total.clamp(min=1) if self.counted else rest if alone else rest.clamp(min=0)
+        share = self.own.strength * _place(self.own, size, device)
+        return share if alone else share / total.clamp(min=1)
 
 
 def predictions_of(guides: Sequence[Guide]) -> tuple[Prediction, ...]:
@@ -85,37 +103,47 @@ def predictions_of(guides: Sequence[Guide]) -> tuple[Prediction, ...]:
 
 def _shared(active: Sequence[Guide], start: float, end: float) -> list[Prediction]:
     """The predictions of a stretch of time in which these guides act."""
-    sharing = tuple(
-        guide for guide in active if isinstance(guide, Channels) and (guide.lora is None or _is_local(guide))
-    )
-    common = tuple(guide for guide in active if guide not in sharing)
-    if not sharing:
-        return [Prediction(common, start, end)]
-    made = [Prediction((*common, guide), start, end, guide, sharing) for guide in sharing]
-    if any(_is_local(guide) for guide in sharing) or _leaves_rest(sharing):
-        made.append(Prediction(common, start, end, None, sharing))
-    return made
+    channels = [guide for guide in active if isinstance(guide, Channels)]
+    sharing = tuple(guide for guide in channels if guide.lora is None)
+    loras = tuple(guide for guide in channels if guide.lora is not None)
+    common = tuple(guide for guide in active if guide not in channels)
+    everywhere = tuple(guide for guide in loras if guide.region is None)
+    counted = bool(loras) and bool(sharing) and all(guide.model is not None for guide in sharing)
+    made = []
+    for guide in sharing:
+        followed = everywhere if guide.model is None else ()  # LoRAs are the run's own model's
+        made.append(Prediction((*common, *followed, guide), start, end, guide, sharing, counted))
+    if counted or _leaves_rest(sharing):
+        made.append(Prediction((*common, *everywhere), start, end, None, sharing, counted))
+    local = [guide for guide in loras if guide.region is not None]
+    return [parted for one in made for parted in (_parted(one, local) if one.model is None else [one])]
+
+
+def _parted(prediction: Prediction, local: Sequence[Channels]) -> list[Prediction]:
+    """A prediction with and without each LoRA that acts in a region only."""
+    parts = [prediction]
+    for guide in local:
+        parts = [
+            new
+            for part in parts
+            for new in (
+                replace(part, guides=(*part.guides, guide), inside=(*part.inside, guide)),
+                replace(part, outside=(*part.outside, guide)),
+            )
+        ]
+    return parts
 
 
 def _leaves_rest(sharing: Sequence[Channels]) -> bool:
-    """Whether guides that act everywhere leave a part to a prediction without them."""
-    strengths = [_strength(guide) for guide in sharing]
-    return strengths != [1.0] if len(strengths) == 1 else sum(strengths) < 1
+    """Whether guides that share leave a part to a prediction without them."""
+    strengths = [guide.strength for guide in sharing]
+    local = any(guide.region is not None for guide in sharing)
+    return local or (strengths != [1.0] if len(strengths) == 1 else sum(strengths) < 1)
 
 
-def _is_local(guide: Guide) -> bool:
-    return guide.region is not None
-
-
-def _strength(guide: Guide) -> float:
-    """What a guide's share is where it acts: a LoRA has its strength in the weights."""
-    return 1.0 if isinstance(guide, Channels) and guide.lora is not None else guide.strength
-
-
-def _share(guide: Guide, size: tuple[int, int], device: torch.device) -> Tensor:
-    """A guide's strength, () or by place (1, 1, h, w)."""
-    share = torch.tensor(_strength(guide), device=device)
-    return share if guide.region is None else share * fitted(guide.region, size).to(device)
+def _place(guide: Guide, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Where a guide acts, () or by place (1, 1, h, w)."""
+    return torch.ones((), device=device) if guide.region is None else fitted(guide.region, size).to(device)
 
 
 def fitted(region: Tensor, size: tuple[int, int]) -> Tensor:

@@ -131,7 +131,7 @@ def _mask(
     regions = [span.region for span in placed.spans if span.region is not None]
     grid = max([old_grid, *map(grid_of, regions)], key=lambda g: (g[0] * g[1], g))
     length = text + grid[0] * grid[1]
-    own = attention_bias(placed.spans, text, grid, length, placed.prompt)
+    own = attention_bias(placed.spans, text, grid, length)
     if known is None and own is None:
         return None
     if known is None:

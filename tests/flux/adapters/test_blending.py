@@ -124,3 +124,31 @@ def test_weights_always_add_up_to_one_and_order_does_not_matter(moment):
 def test_what_is_no_strength_or_time_is_refused(fields, says):
     with pytest.raises(UserError, match=says):
         style(**fields)
+
+
+def lora_guide(**fields):
+    return channels(lora=ControlLora(name="canny", layers={}, norms={}, channels=64), **fields)
+
+
+def test_a_control_lora_shares_with_a_further_model():
+    guide, other = lora_guide(), channels(model="depth")
+    found = {given: float(weight) for given, weight in at([guide, other], 0)}
+    assert found == {(other,): 0.5, (guide,): 0.5}
+
+
+def test_a_hole_and_a_control_lora_are_one_prediction():
+    hole, guide = channels(), lora_guide(strength=0.5)
+    ((given, weight),) = at([hole, guide], 0)
+    assert set(given) == {hole, guide}
+    assert float(weight) == 1
+
+
+def test_a_control_loras_region_parts_the_models_own_prediction():
+    region = torch.zeros(1, 1, *SIZE)
+    region[..., :2] = 1
+    hole, guide = channels(), lora_guide(region=region)
+    inside, outside = at([hole, guide], 0)
+    assert set(inside[0]) == {hole, guide}
+    assert outside[0] == (hole,)
+    assert torch.equal(inside[1], region)
+    assert torch.equal(outside[1], 1 - region)

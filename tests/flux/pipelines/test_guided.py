@@ -286,9 +286,10 @@ def test_two_control_models_at_full_strength_are_averaged(parts):
 
 
 def test_the_runs_own_model_may_follow_a_second_picture_as_if_it_were_a_further_one(parts):
-    """Its weights are there once, with its LoRAs."""
+    """Its weights are there once; the LoRA is followed by its own prediction alone."""
     own, twin = Channels(latents=rows(1, 16, *CELLS, seed=20)), control()
-    one, other = (velocity(parts, [guide, lora()], task="canny") for guide in (own, replace(twin, model=None)))
+    one = velocity(parts, [own, lora()], task="canny")
+    other = velocity(parts, [replace(twin, model=None)], task="canny")
     both = velocity(parts, [own, twin, lora()], task="canny")
     assert relative_error(both, (one + other) / 2) <= CLOSE
     assert traces(parts) == ([], 0)
