@@ -10,6 +10,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from benchmarks.checker import Tally, check
 from flux.mini.files import MINI, MINI_SCHNELL, open_mini
 from flux.mini.language import Request, is_held_out, mirrored, phrase, random_request, text_of
-from flux.pipelines.denoising import denoise
+from flux.pipelines.denoising import Guidance, denoise
 from flux.pipelines.prompts import EncodedPrompt
 from flux.pipelines.text_to_image import FluxModel, decode, plan_sigmas
 from flux.pipelines.text_to_image import Request as Settings
@@ -93,15 +94,24 @@ def measure(
     return report
 
 
-def draw_group(model: FluxModel, prompts: list[str], seed: int, canvas: tuple[int, int] = NATIVE) -> Tensor:
-    """Pictures (B, H, W, 3) as bytes of several prompts at once, with the model's own defaults."""
+def draw_group(
+    model: FluxModel,
+    prompts: Sequence[str],
+    seed: int,
+    canvas: tuple[int, int] = NATIVE,
+    guided: Guidance | None = None,
+) -> Tensor:
+    """Pictures (B, H, W, 3) as bytes of several prompts at once, with the model's own defaults.
+
+    Row k of whatever guides the run is prompt k's.
+    """
     spec = model.transformer.spec
     width, height = canvas
     encoded = [model.text.encode(prompt, length=spec.t5_length) for prompt in prompts]
     together = EncodedPrompt(torch.cat([e.tokens for e in encoded]), torch.cat([e.pooled for e in encoded]))
     noise = draw_noise((spec.latent_channels, height // CELL, width // CELL), [seed + i for i in range(len(prompts))])
     sigmas = plan_sigmas(spec, Settings(prompt=""), (width // TOKEN) * (height // TOKEN))
-    return decode(model, denoise(model.transformer, together, noise, sigmas, guidance=spec.guidance))
+    return decode(model, denoise(model.transformer, together, noise, sigmas, guidance=spec.guidance, guided=guided))
 
 
 def table(count: int, names: list[str] | None = None) -> str:

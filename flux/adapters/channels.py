@@ -9,11 +9,33 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["FILL", "MASK_CHANNELS", "fill_channels", "folded_mask", "neutral_channels"]
+__all__ = [
+    "CELL", "FILL", "GREY", "MASK_CHANNELS", "ROUNDINGS", "fill_channels", "folded_mask", "hidden_and_shown",
+    "neutral_channels",
+]  # fmt: skip
 
 CELL = 8  # pixels of a latent cell along each side
 MASK_CHANNELS = CELL * CELL
 FILL = "fill"
+GREY = HALF = 0.5  # what a model sees in a hole, and what masks are rounded at
+ROUNDINGS = ("soft", "hidden", "binary")
+
+
+def hidden_and_shown(mask: Tensor, rounding: str) -> tuple[Tensor, Tensor]:
+    """What of a soft mask hides pixels, and what of it the model is told.
+
+    Args:
+        mask: Of any shape, in 0..1.
+        rounding: "soft": the mask itself for both (Black Forest Labs). "hidden": pixels are hidden by the rounded mask,
+            a half to 0, and the model is told the soft one (ComfyUI). "binary": the rounded one for both, a half to 1
+            (diffusers).
+    """
+    if rounding == "soft":
+        return mask, mask
+    if rounding == "hidden":
+        return mask.round(), mask
+    rounded = (mask >= HALF).to(mask)
+    return rounded, rounded
 
 
 def folded_mask(mask: Tensor) -> Tensor:

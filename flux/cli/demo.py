@@ -172,9 +172,10 @@ def _chain(studio: _Studio, mini: FluxModel, first: Tensor) -> list[Link]:
 
 def _filled(studio: _Studio, first: Tensor) -> tuple[Tensor, Tensor]:
     """A picture with a hole, and with what was painted there."""
+    from ..adapters.channels import GREY
     from ..editing.inpaint import CropOptions, crop_for_inpaint, stitch
     from ..mini import files
-    from ..pipelines.guided import GREY, FillInput
+    from ..pipelines.guided import FillInput
     from ..pipelines.text_to_image import Request
     from .engine import channels_first
 

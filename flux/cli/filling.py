@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +13,6 @@ from ..editing.masks import MaskOptions
 from ..editing.outpaint import OutpaintPlan, extend, finish, plan_outpaint, plan_to_aspect
 from ..errors import UserError
 from ..pipelines.guided import FillInput
-from ..preprocess.references import GRID
 from .engine import Desk, Job, as_numbers, as_pixels, channels_first, guide_of, mask_of, picture_of, request_of
 
 __all__ = ["make"]
@@ -93,8 +91,7 @@ def _plan(arguments: argparse.Namespace, picture: Tensor) -> OutpaintPlan:
     height, width = picture.shape[1:3]
     sides = {side: getattr(arguments, side) for side in SIDES}
     if arguments.aspect is None:
-        plan = plan_outpaint(height, width, **sides, multiple=1)  # to the pixel: the canvas's surplus is cut off again
-        return replace(plan, spare_right=-plan.result_width % GRID, spare_bottom=-plan.result_height % GRID)
+        return plan_outpaint(height, width, **sides, exact=True)
     if any(sides.values()):
         raise UserError("--aspect and pixels for sides were given; give one of them")
     across, down = arguments.aspect

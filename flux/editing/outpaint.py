@@ -107,6 +107,8 @@ def plan_outpaint(
     bottom: int = 0,
     multiple: int = MULTIPLE,
     warn: Warn | None = None,
+    *,
+    exact: bool = False,
 ) -> OutpaintPlan:
     """Grow a picture by sides.
 
@@ -120,12 +122,15 @@ def plan_outpaint(
         multiple: What the canvas's sides have to divide by. What is missing is added to the side that was asked for, of
             two to the larger.
         warn: Told of each side that got more than was asked for.
+        exact: Add to the pixel what is asked for; what the canvas lacks is painted too, and cut off in ``finish``.
 
     Raises:
         UserError: No side is asked for, one is less than 0, or the canvas would be too large.
     """
     _check_sides(height, width, {"left": left, "right": right, "top": top, "bottom": bottom})
     _check_multiple(multiple)
+    if exact:
+        return _with_spare(height, width, {"left": left, "right": right, "top": top, "bottom": bottom}, multiple)
     wider_left, wider_right = _rounded(width, left, right, multiple)
     higher_top, higher_bottom = _rounded(height, top, bottom, multiple)
     asked = {"left": left, "right": right, "top": top, "bottom": bottom}

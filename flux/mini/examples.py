@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ..preprocess.canny import canny
+from ..preprocess.control import as_bytes
 from .language import COLOURS, SHAPES, SIZES, Request, Wanted, is_held_out, phrase, random_request, text_of
 from .scenes import (
     LATTICE,
@@ -33,8 +36,8 @@ from .scenes import (
 )
 
 __all__ = [
-    "ControlExample", "EditExample", "FillExample", "StyleExample", "canny_of", "control_example", "depth_of",
-    "edit_example", "fill_example", "scene_example", "style_example",
+    "EDITS", "HOLE_MODES", "REACH", "ControlExample", "EditExample", "FillExample", "StyleExample", "canny_of",
+    "control_example", "depth_of", "edit_example", "fill_example", "grid_picture", "scene_example", "style_example",
 ]  # fmt: skip
 
 Image = NDArray[np.uint8]
@@ -46,7 +49,6 @@ FREE_SHARE = 0.4  # of the scattered scenes beside edges and depth: off the latt
 SIGN_SHARE = 0.1
 SMALLEST, LARGEST_ALONE, LARGEST_AMONG = 11.0, 28.0, 20.0  # radii of scattered objects at the native side
 ATTEMPTS = 60
-CANNY_LOW, CANNY_HIGH = 50, 200
 NEAREST, FARTHEST_OBJECT = 1.0, 0.35  # of objects in a depth picture, whose background is 0 to ``FARTHEST``
 FARTHEST = 0.12
 BYTE = 255
@@ -287,8 +289,8 @@ def control_example(
 
 
 def canny_of(picture: Image) -> Image:
-    """Edges (H, W, 3) as Black Forest Labs find them: OpenCV's Canny with thresholds 50 and 200."""
-    edges: Image = np.repeat(cv2.Canny(picture, CANNY_LOW, CANNY_HIGH)[..., None], 3, axis=2)
+    """Edges (H, W, 3) as the product finds them for a control model."""
+    edges: Image = as_bytes(canny(torch.from_numpy(picture)[None].float() / BYTE))[0]
     return edges
 
 

@@ -18,16 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters.channels import fill_channels
 from ..adapters.control_lora import ControlLora, attached, control_lora_of, control_lora_tensors
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..models.redux import Redux
 from ..models.vision.siglip import SiglipVision
 from ..ops.dtypes import fast_dtype
+from ..preprocess.vision import reduce_grid, vision_pixels
 from ..sampling.packing import pack
 from ..specs.flux1 import MINI, Flux1Spec
 from ..specs.vision import REDUX_MINI, SIGLIP_MINI
@@ -41,7 +42,7 @@ from .train_autoencoder import pixels_from_bytes
 from .train_flow import ANSWERS_WEIGHT, TAPPED_BLOCK, FrozenEncoders, SceneHead
 
 __all__ = [
-    "Bench", "Style", "Trainee", "extracted_lora", "fill_channels", "train_control_lora", "train_style",
+    "Bench", "Style", "Trainee", "channels_of_hole", "extracted_lora", "train_control_lora", "train_style",
     "train_variant", "trained_lora_tensors", "vision_view", "widened_start",
 ]  # fmt: skip
 
@@ -53,7 +54,7 @@ TIME_MEAN, TIME_DEVIATION = (
     0.6,
     1.4,
 )  # lower than the text model's: where things are is told, edges are still to be drawn
-CELL = 8  # pixels of a latent cell along each side, and mask channels of one along each
+BYTE = 255
 COARSE_SHARE = 0.25  # of the steps with Redux tokens averaged to a coarser grid
 COARSE_GRIDS = (3, 5)
 LEFT_OUT = -1e4  # added to the logits of tokens that are left out
@@ -119,7 +120,7 @@ class Trainee:
         examples = [fill_example(rng, canvas) for _ in range(self.size)]
         masks = torch.from_numpy(np.stack([example.mask for example in examples]))[:, None]
         pictures = [example.picture for example in examples]
-        channels = fill_channels(self.bench, pictures, masks)
+        channels = channels_of_hole(self.bench, pictures, masks)
         return Batch(
             self.bench.latents(pictures),
             self.bench.text([e.prompt for e in examples], rng),
@@ -164,7 +165,7 @@ ALONE = ("recolour", "remove", "add", "background", "reshape", "nothing")
 WEIGHTS = {("join",): (1.0,), ALONE: (4.0, 3.0, 4.0, 3.0, 2.0, 1.5)}
 
 
-def fill_channels(bench: Bench, pictures: Sequence[Image], masks: Tensor) -> Tensor:
+def channels_of_hole(bench: Bench, pictures: Sequence[Image], masks: Tensor) -> Tensor:
     """Fill's further channels (B, C + 64, h, w): the picture without what is masked, and the mask 8 x 8 to a cell.
 
     Args:
@@ -175,8 +176,7 @@ def fill_channels(bench: Bench, pictures: Sequence[Image], masks: Tensor) -> Ten
     pixels = torch.stack([pixels_from_bytes(picture) for picture in pictures])
     with torch.no_grad():
         hidden = bench.autoencoder.encode((pixels * (1 - masks)).contiguous(memory_format=torch.channels_last))
-    folded = rearrange(masks, "b 1 (h p) (w q) -> b (p q) h w", p=CELL, q=CELL)
-    return torch.cat((hidden, folded), dim=1).to(bench.device)
+    return fill_channels(hidden, masks).to(bench.device)
 
 
 def widened_start(spec: Flux1Spec, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -254,17 +254,13 @@ class Style(nn.Module):
     def forward(self, views: Tensor, grid: int | None = None) -> Tensor:
         """Tokens (B, N, text width) of views (B, 3, side, side), averaged to a coarser grid where one is given."""
         tokens: Tensor = self.redux(self.tower(views))
-        if grid is None:
-            return tokens
-        square = rearrange(tokens, "b (h w) c -> b c h w", h=SIGLIP_MINI.grid)
-        return rearrange(F.adaptive_avg_pool2d(square, grid), "b c h w -> b (h w) c")
+        return tokens if grid is None else reduce_grid(tokens, None, grid)[0]
 
 
 def vision_view(picture: Image) -> Tensor:
     """A picture (H, W, 3) as the embedded tower sees it (3, side, side), in -1..1: stretched to its square."""
-    pixels = pixels_from_bytes(picture)[None]
-    side = SIGLIP_MINI.side
-    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
+    image = torch.from_numpy(picture)[None].float() / BYTE
+    return vision_pixels(image, SIGLIP_MINI.side, patch=SIGLIP_MINI.patch).pixels[0]
 
 
 def train_style(folder: Path, model: Flux1, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report) -> Style:

@@ -18,7 +18,7 @@ from ..adapters.control_lora import Attachment
 from ..adapters.guides import Channels, Guide
 from ..errors import MismatchError
 from ..models.flux1 import Conditions, Flux1, Modulations
-from ..sampling.packing import pack, unpack
+from ..sampling.packing import PATCH, pack, unpack
 from ..specs.flux1 import Flux1Spec
 from .hooks import Hooks
 from .modulation_tables import tabulate
@@ -26,8 +26,6 @@ from .parts import Part
 from .prompts import EncodedPrompt
 
 __all__ = ["Denoiser", "Engine", "Guidance", "check_text"]
-
-PATCH_AREA = 4  # latent cells of a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +129,7 @@ class Denoiser:
     def _channels(self, x: Tensor) -> list[Tensor]:
         """What stands behind the noisy latent's channels: the model's own, then each LoRA's."""
         own = [g.latents for g in self.guides if isinstance(g, Channels) and g.lora is None]
-        extra = self.part.spec.in_channels // PATCH_AREA - x.shape[1]
+        extra = self.part.spec.in_channels // PATCH**2 - x.shape[1]
         behind = [own[0]] if own else [neutral_channels(x, extra)] if extra else []
         behind += [g.latents if g in self.guides else torch.zeros_like(g.latents[:1]) for g in self.engine.followed]
         return [part.to(x).expand(len(x), -1, *x.shape[-2:]) for part in behind]

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..adapters.channels import CELL, fill_channels
+from ..adapters.channels import CELL, GREY, ROUNDINGS, fill_channels, hidden_and_shown
 from ..adapters.control_lora import ControlLora, check_control_lora
 from ..adapters.guides import Channels, Guide, Reference, StyleTokens, check_span, check_strength
 from ..errors import MismatchError, NumericError, UserError
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
+from ..sampling.packing import PATCH
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from .denoiser import Guidance
@@ -26,17 +27,13 @@ from .parts import Part
 
 __all__ = [
     "POSTERIORS", "ROUNDINGS", "AnyInput", "ControlInput", "FillInput", "Input", "ReferenceInput", "check_inputs",
-    "described", "encode_picture", "fill_latents", "guidance_of", "size_of_inputs",
+    "described", "encode_picture", "fill_latents", "guidance_of", "resized", "size_of_inputs",
 ]  # fmt: skip
 
 Warn = Callable[[str], None]
 Encoder = Part[AutoencoderSpec, Autoencoder]
 
-ROUNDINGS = ("soft", "hidden", "binary")
 POSTERIORS = ("mean", "sample")
-HALF = 0.5
-GREY = 0.5
-PATCH_AREA = 4  # latent cells of a token
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +57,7 @@ class FillInput(Input):
     Attributes:
         picture: Of the run's size, else it is resized.
         mask: 1 where it is painted anew; soft values are allowed.
-        rounding: How soft masks are taken. "soft": as they are (Black Forest Labs). "hidden": the pixels are hidden by
-            the rounded mask, and the model sees the soft one (ComfyUI). "binary": rounded throughout (diffusers).
+        rounding: How soft masks are taken; see ``adapters.channels.hidden_and_shown``.
         posterior: "mean" of what the autoencoder gives, or a "sample" of it (diffusers).
     """
 
@@ -176,7 +172,7 @@ def _check_control(spec: Flux1Spec, given: ControlInput) -> None:
         check_control_lora(given.lora, spec)
         return
     taking = spec if given.model is None else given.model.spec
-    if taking.in_channels != taking.out_channels + spec.latent_channels * PATCH_AREA:
+    if taking.in_channels != taking.out_channels + spec.latent_channels * PATCH**2:
         raise MismatchError(
             f"{taking.title} has no input for a control picture; choose {_models('canny')}, {_models('depth')}, or a "
             "control LoRA on a text-to-image model"
@@ -249,7 +245,7 @@ def guidance_of(
             guides.append(Reference(latents=_reference(given, autoencoder), **_common(given)))
         else:
             name = None if given.model is None else _named(models, given.model)
-            picture = _resized(given.picture, size)
+            picture = resized(given.picture, size)
             latents = encode_picture(autoencoder, picture, given.posterior, generator)
             guides.append(Channels(latents=latents, lora=given.lora, model=name, **_common(given)))
     return Guidance(guides=guides, models=models, layout=layout, mu=mu)
@@ -273,30 +269,23 @@ def fill_latents(
     given: FillInput, autoencoder: Encoder, size: tuple[int, int], generator: torch.Generator | None = None
 ) -> Tensor:
     """Fill's further channels (B, C + 64, h, w) of a picture and a mask, brought to a size in pixels."""
-    picture = _resized(given.picture, size)
-    mask = _resized(given.mask, size)
-    hidden = HIDDEN[given.rounding](mask)
-    shown = hidden if given.rounding == "binary" else mask
+    picture = resized(given.picture, size)
+    mask = resized(given.mask, size)
+    hidden, shown = hidden_and_shown(mask, given.rounding)
     latents = encode_picture(autoencoder, picture * (1 - hidden) + GREY * hidden, given.posterior, generator)
     return fill_channels(latents, shown)
 
 
-HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {  # what of a mask hides pixels, by ``ROUNDINGS``
-    "soft": lambda mask: mask,
-    "hidden": torch.round,  # of just a half to 0
-    "binary": lambda mask: (mask >= HALF).to(mask),
-}
-
-
 def _reference(given: ReferenceInput, autoencoder: Encoder) -> Tensor:
     """Latents of a picture, its right and bottom edges repeated up to the grid of tokens."""
-    grid = 2 * CELL
+    grid = PATCH * CELL
     height, width = given.picture.shape[-2:]
     padded = F.pad(given.picture.float(), (0, -width % grid, 0, -height % grid), mode="replicate")
     return encode_picture(autoencoder, padded)
 
 
-def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture or mask (B, C, H, W) in 0..1 at a size, height first."""
     if picture.shape[-2:] == size:
         return picture.float()
     return F.interpolate(picture.float(), size, mode="bicubic", antialias=True).clamp(0, 1)

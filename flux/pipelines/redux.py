@@ -5,7 +5,7 @@ Shapes: T views of a picture, g patches along a view's side, N tokens, D width o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +24,16 @@ from .library import given_files
 from .parts import Part, check_redux_beside, joined, open_redux, open_vision
 
 __all__ = [
-    "COMBINES",
     "ReduxEncoder",
     "ReduxPicture",
     "ReduxTokens",
     "combine_bfl",
     "combine_diffusers",
     "encode_redux",
+    "fewer_tokens",
     "open_redux_encoder",
     "style_guide",
 ]
-
-Combine = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[float]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,7 +113,7 @@ class ReduxEncoder:
                 f"the vision tower and Redux gave numbers that are not finite; {self.tower.path.name} or "
                 f"{self.redux.path.name} is damaged, or the number format overflows: try bf16 or fp32"
             )
-        return [_fewer(tokens, picture) for tokens, picture in zip(made, pictures, strict=True)]
+        return [_thinned(tokens, picture) for tokens, picture in zip(made, pictures, strict=True)]
 
     def _look(self, tower: SiglipVision, pixels: Tensor) -> Tensor:
         """Views (T, 3, side, side) to hidden states (T, g * g, vision width), one by one: alike in any company."""
@@ -124,16 +122,31 @@ class ReduxEncoder:
         return torch.cat([tower(view[None]) for view in placed])
 
 
-def _fewer(tokens: Tensor, picture: ReduxPicture) -> ReduxTokens:
-    """Tokens (T, g * g, D) as one sequence, averaged and merged as is wanted, and scaled."""
-    weights = picture.views.weights
-    if picture.grid is not None:
-        tokens, weights = reduce_grid(tokens, weights, picture.grid)
-    tokens = tokens.flatten(0, 1)[None]
-    weights = None if weights is None else weights.flatten()[None]
-    if picture.tokens is not None:
-        tokens, weights = merge_tokens(tokens, weights, picture.tokens)
-    return ReduxTokens(tokens * picture.scale, None if weights is None else weights[0])
+def _thinned(tokens: Tensor, picture: ReduxPicture) -> ReduxTokens:
+    fewer, weights = fewer_tokens(tokens, picture.views.weights, picture.grid, picture.tokens)
+    return ReduxTokens(fewer * picture.scale, weights)
+
+
+def fewer_tokens(
+    tokens: Tensor, weights: Tensor | None, grid: int | None, most: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the views of a picture became as one sequence, averaged and merged as is wanted.
+
+    Args:
+        tokens: (T, g * g, D).
+        weights: (T, g * g) or None.
+        grid: See ``ReduxPicture``.
+        most: Likewise, ``tokens``.
+
+    Returns:
+        Tokens (1, N, D), and their weights (N,) or None.
+    """
+    if grid is not None:
+        tokens, weights = reduce_grid(tokens, weights, grid)
+    tokens, weights = tokens.flatten(0, 1)[None], None if weights is None else weights.flatten()[None]
+    if most is not None:
+        tokens, weights = merge_tokens(tokens, weights, most)
+    return tokens, None if weights is None else weights[0]
 
 
 def encode_redux(
@@ -255,6 +268,3 @@ def combine_diffusers(
     assert len(weights) == len(pooled_weights) == count
     whole = torch.cat([prompt_tokens.expand(count, -1, -1), pictures], dim=1) * weights[:, None, None]
     return whole.sum(0, keepdim=True), (pooled.expand(count, -1) * pooled_weights[:, None]).sum(0, keepdim=True)
-
-
-COMBINES: dict[str, Combine] = {"append": combine_bfl, "sum": combine_diffusers}

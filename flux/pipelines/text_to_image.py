@@ -20,7 +20,7 @@ from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
 from .denoising import Hooks, prepared, walk
-from .guided import AnyInput, check_inputs, described, guidance_of, size_of_inputs
+from .guided import AnyInput, check_inputs, described, encode_picture, guidance_of, resized, size_of_inputs
 from .parts import Part, check_beside
 from .prompts import EncodedPrompt, TextEncoders
 
@@ -145,7 +145,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     start = None
     if request.image is not None:
         with _stage(hooks, "encoding"):
-            start = _encode_start(model, request.image, plan)
+            start = encode_picture(model.autoencoder, resized(request.image, (plan.height, plan.width)))
     mask = None if request.mask is None else _latent_mask(request.mask, cells)
     guided = None
     if request.inputs:
@@ -372,23 +372,6 @@ def _cfg(request: Request) -> float:
     if request.cfg is not None:
         return request.cfg
     return DEFAULT_CFG if request.negative else 1.0
-
-
-@torch.inference_mode()
-def _encode_start(model: FluxModel, image: Tensor, plan: _Plan) -> Tensor:
-    """The picture at the run's size, as latents (B, C, h, w) in the transformer's space."""
-    image, size = image.float(), (plan.height, plan.width)
-    if image.shape[-2:] != size:
-        image = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
-    part = model.autoencoder
-    with part.resident() as autoencoder:
-        latents = autoencoder.encode((image * 2 - 1).to(part.device, part.dtype)).float().cpu()
-    if not _finite(latents):
-        raise NumericError(
-            f"encoding the picture gave numbers that are not finite; {part.path.name} is damaged, or the number format "
-            "overflows: try another dtype (bf16 or fp32), or a fresh copy of the file"
-        )
-    return latents
 
 
 def _latent_mask(mask: Tensor, cells: tuple[int, int]) -> Tensor:

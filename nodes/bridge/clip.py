@@ -31,11 +31,11 @@ from ...flux.weights.readers.tokenizer import (
     read_clip_tokenizer,
     read_t5_tokenizer,
 )
-from .compat import asked_text_dtype, patch, register_reload, streams_files, to_intermediate
+from .compat import patch, register_reload, streams_files, to_intermediate
 from .packed import PackedPatcher, pack_layers, packed_state
 from .preflight import ENCODERS
 from .progress import say
-from .weights import HostLayers, Numbers, Weights, choose_numbers, open_weights
+from .weights import HostLayers, Numbers, encoder_numbers, open_weights
 
 __all__ = ["HostTextEncoders", "HostTokenizer", "load_clip", "real_or_embedded_tokenizers"]
 
@@ -169,7 +169,7 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
     parts = (open_weights(Path(clip_path), "clip"), open_weights(Path(t5_path), "t5"))
     specs = [weights.spec for weights in parts]
     device = comfy.model_management.text_encoder_device()
-    numbers = [_numbers(weights, device) for weights in parts]
+    numbers = [encoder_numbers(weights, device) for weights in parts]
     target = comfy.supported_models_base.ClipTarget(partial(real_or_embedded_tokenizers, *specs, t5_length), _build)
     packed = [weights.packed(weights.packed_layers) for weights in parts]
     target.params = {"parts": tuple(zip(specs, numbers, packed, strict=True))}
@@ -205,16 +205,6 @@ def _packed_patcher(patcher: Any) -> PackedPatcher:
     own.object_patches, own.force_cast_weights = patcher.object_patches, patcher.force_cast_weights
     own.hook_mode, own.is_clip = patcher.hook_mode, patcher.is_clip
     return own
-
-
-def _numbers(weights: Weights, device: torch.device) -> Numbers:
-    """Text encoders compute in fp32 everywhere, as the host's own do; their weights are widened as they are used.
-
-    Off the CPU they are kept as the file has them, unless the user started the host with a flag for text encoders.
-    """
-    if device.type == "cpu":
-        return Numbers(choose_numbers(weights, device).weights, torch.float32)
-    return Numbers(asked_text_dtype(device) or weights.stored, torch.float32)
 
 
 def _build(

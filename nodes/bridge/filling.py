@@ -5,30 +5,26 @@ Shapes: B pictures of H by W pixels; IMAGE (B, H, W, 3) and MASK (B, H, W) in 0.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...flux.adapters.channels import CELL, GREY, ROUNDINGS, hidden_and_shown
 from ...flux.adapters.guides import check_strength
 from ...flux.editing.colour import match_colour
 from ...flux.editing.inpaint import Crop, CropOptions, check_painted, crop_for_inpaint, stitch
 from ...flux.editing.masks import SET, as_mask, check_mask, fit_mask, match_batch
 from ...flux.editing.outpaint import Canvas, OutpaintPlan, extend, finish, plan_outpaint, plan_to_aspect
 from ...flux.errors import MismatchError, NumericError, UserError
-from ...flux.pipelines.guided import ROUNDINGS
 from ...flux.preprocess.control import as_rgb, choose
-from ...flux.preprocess.references import GRID
 from .control_lora import CONTROLS, IMAGE, MASK
 from .entries import Change, Conditioning, with_part
 from .progress import say
 
 __all__ = ["add_hole", "as_picture", "cut_out", "encode", "lay_out", "put_back", "tell_of_area", "tinted", "with_both"]
 
-CELL = 8  # pixels of a latent's cell along each side
 CHANNELS = 16  # of FLUX.1's latents
-HALF = GREY = 0.5
 MEGAPIXEL = 1024 * 1024
 LARGE = 2.0  # megapixels; FLUX.1 was trained on pictures of up to so many
 TINT = (1.0, 0.0, 0.0)  # red, which says "mask" to most people
@@ -89,8 +85,7 @@ def _plan(picture: Tensor, sides: Sides, aspect: tuple[int, int] | None, anchor:
     height, width = picture.shape[1:3]
     if aspect is not None:
         return plan_to_aspect(height, width, *aspect, anchor)
-    plan = plan_outpaint(height, width, **sides, multiple=1)  # to the pixel
-    return replace(plan, spare_right=-plan.result_width % GRID, spare_bottom=-plan.result_height % GRID)
+    return plan_outpaint(height, width, **sides, exact=True)
 
 
 def put_back(image: Tensor, crop: Any, colour_match: float) -> Tensor:
@@ -196,7 +191,7 @@ def add_hole(
         strength: 0..2; how much of the prediction sees the picture, the rest sees none.
         start: From when, as a fraction of the run.
         end: Until when.
-        rounding: How soft masks are taken, one of ``pipelines.guided.ROUNDINGS``.
+        rounding: How soft masks are taken, one of ``adapters.channels.ROUNDINGS``.
         noise_mask: Whether the sampler keeps the rest of the latent.
 
     Returns:
@@ -209,19 +204,18 @@ def add_hole(
     check_strength(strength)
     choose(rounding, ROUNDINGS, "rounding of masks")
     picture, hole = _with_hole(as_picture(image), mask)
-    rounded = (hole > HALF).to(hole)
-    if rounding != "soft" and not bool(rounded.any()):
+    hidden, shown = hidden_and_shown(hole, rounding)
+    if not bool(hidden.any()):
         say("nothing of the mask is above one half, so that rounding hides nothing: choose soft, or paint it whiter")
-    hidden = (hole if rounding == "soft" else rounded)[..., None]
-    shown = (rounded if rounding == "binary" else hole)[:, None]
-    added = {IMAGE: encode(vae, picture * (1 - hidden) + GREY * hidden), MASK: shown}
+    seen = picture * (1 - hidden[..., None]) + GREY * hidden[..., None]
+    added = {IMAGE: encode(vae, seen), MASK: shown[:, None]}
 
     def change(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
         return text, {**extra, **added}
 
     positive, negative = (None if entries is None else _with_room(entries) for entries in (positive, negative))
     both = with_both(positive, negative, change, start=start, end=end, share=strength)
-    latent = {"samples": encode(vae, picture), **({"noise_mask": shown} if noise_mask else {})}
+    latent = {"samples": encode(vae, picture), **({"noise_mask": shown[:, None]} if noise_mask else {})}
     return *both, latent
 
 

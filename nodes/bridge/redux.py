@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ...flux.adapters.guides import check_span, check_strength
 from ...flux.errors import MismatchError, NumericError, UserError
-from ...flux.preprocess.vision import VisionViews, merge_tokens, reduce_grid, vision_pixels
+from ...flux.pipelines.redux import fewer_tokens
+from ...flux.preprocess.vision import VisionViews, vision_pixels
 from ...flux.specs.releases import PART_TITLES, where_to_get
 from ...flux.specs.vision import REDUX, REDUXES, ReduxSpec
 from .entries import Conditioning, with_part
@@ -154,12 +155,8 @@ def _tokens(style_model: Any, hidden: Tensor) -> Tensor:
 
 def _style(tokens: Tensor, weights: Tensor | None, region: Tensor | None, taking: Taking) -> Style:
     """One picture's tokens (T, g * g, D), with how much of each is taken over (T, g * g), as it goes into a text."""
-    if taking.detail:
-        tokens, weights = reduce_grid(tokens, weights, taking.detail)
-    tokens, weights = tokens.flatten(0, 1)[None], None if weights is None else weights.flatten()[None]
-    if taking.most:
-        tokens, weights = merge_tokens(tokens, weights, taking.most)
-    counted = torch.ones(tokens.shape[1]) if weights is None else weights[0].float()
+    tokens, weights = fewer_tokens(tokens, weights, taking.detail or None, taking.most or None)
+    counted = torch.ones(tokens.shape[1]) if weights is None else weights.float()
     kept = counted > 0
     tokens, counted = tokens[:, kept], counted[kept]
     if taking.mode == TOKENS:

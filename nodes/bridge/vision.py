@@ -23,11 +23,11 @@ from ...flux.pipelines.library import given_files
 from ...flux.pipelines.parts import joined
 from ...flux.specs.fit import Given, check_redux, redux_faults
 from ...flux.specs.vision import SiglipSpec
-from .compat import archive_dtypes, asked_text_dtype, is_dynamic, patch, register_reload
+from .compat import archive_dtypes, is_dynamic, patch, register_reload
 from .packed import PackedPatcher, pack_layers, packed_state
 from .preflight import users_files
 from .progress import check_cancelled
-from .weights import HostLayers, Numbers, Weights, choose_numbers, open_weights
+from .weights import HostLayers, Weights, encoder_numbers, open_weights
 
 __all__ = ["FoundryClipVision", "FoundryStyleModel", "check_pair", "load_redux", "load_style_model", "load_vision"]
 
@@ -171,7 +171,7 @@ def _managed(weights: Weights, build: Build, *, plain: bool = False) -> Any:
     """
     device = comfy.model_management.text_encoder_device()
     offload = comfy.model_management.text_encoder_offload_device()
-    numbers = _numbers(weights, device)
+    numbers = encoder_numbers(weights, device)
     packed = weights.packed(weights.packed_layers)
     with on_meta():
         module = build(weights.spec, HostLayers(comfy.ops.manual_cast, numbers))
@@ -185,9 +185,3 @@ def _managed(weights: Weights, build: Build, *, plain: bool = False) -> Any:
     module.load_state_dict(state, assign=True)
     module.eval().requires_grad_(False)
     return patcher
-
-
-def _numbers(weights: Weights, device: torch.device) -> Numbers:
-    """They compute in fp32, as the host's own do; weights are widened as they are used."""
-    kept = choose_numbers(weights, device).weights if device.type == "cpu" else asked_text_dtype(device)
-    return Numbers(kept or weights.stored, torch.float32)

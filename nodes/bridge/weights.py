@@ -26,9 +26,10 @@ from ...flux.pipelines.parts import BoundPart, bind_part
 from ...flux.specs.fit import Given
 from ...flux.weights.binding import Binding
 from ...flux.weights.packed import Packed
+from .compat import asked_text_dtype
 from .preflight import users_files
 
-__all__ = ["HostLayers", "Numbers", "Weights", "choose_numbers", "open_weights"]
+__all__ = ["HostLayers", "Numbers", "Weights", "choose_numbers", "encoder_numbers", "open_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -210,3 +211,13 @@ def choose_numbers(weights: Weights, device: torch.device, wanted: str = "auto")
         device=device, model_params=weights.parameters, supported_dtypes=FLOATS, weight_dtype=weights.stored
     )
     return Numbers(kept, comfy.model_management.unet_manual_cast(kept, device, FLOATS) or kept)
+
+
+def encoder_numbers(weights: Weights, device: torch.device) -> Numbers:
+    """Text encoders and vision towers compute in fp32 everywhere, as the host's own do; weights are widened at use.
+
+    Off the CPU they are kept as the file has them, unless the user started the host with a flag for text encoders.
+    """
+    if device.type == "cpu":
+        return Numbers(choose_numbers(weights, device).weights, torch.float32)
+    return Numbers(asked_text_dtype(device) or weights.stored, torch.float32)

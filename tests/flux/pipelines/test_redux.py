@@ -22,7 +22,6 @@ from flux.models.redux import Redux
 from flux.models.vision.siglip import SiglipVision
 from flux.pipelines.parts import open_redux, open_transformer, open_vision
 from flux.pipelines.redux import (
-    COMBINES,
     ReduxEncoder,
     ReduxPicture,
     ReduxTokens,
@@ -335,7 +334,7 @@ def test_appending_puts_pictures_behind_the_prompt_as_black_forest_labs_does():
 def test_appended_pictures_may_differ_in_number_and_scale_and_leave_the_prompt_alone():
     prompt, pooled = rows(1, PROMPT, 8, seed=1), rows(1, POOLED, seed=2)
     pictures = [rows(1, 4, 8, seed=3), rows(1, 9, 8, seed=4)]
-    tokens, vector = COMBINES["append"](prompt, pooled, pictures, [0.5, 2.0])
+    tokens, vector = combine_bfl(prompt, pooled, pictures, [0.5, 2.0])
     assert torch.equal(tokens, torch.cat([prompt, 0.5 * pictures[0], 2 * pictures[1]], dim=1))
     assert torch.equal(vector, pooled)
 
@@ -346,4 +345,4 @@ def test_appended_pictures_may_differ_in_number_and_scale_and_leave_the_prompt_a
 def test_pictures_that_have_no_sum_are_told_so(sizes, words):
     pictures = [rows(1, size, 8, seed=size) for size in sizes]
     with pytest.raises(UserError, match=words):
-        COMBINES["sum"](rows(1, PROMPT, 8, seed=1), rows(1, POOLED, seed=2), pictures, [1.0] * len(sizes))
+        combine_diffusers(rows(1, PROMPT, 8, seed=1), rows(1, POOLED, seed=2), pictures, [1.0] * len(sizes))
