@@ -45,7 +45,7 @@ from flux.pipelines.redux import ReduxEncoder, ReduxPicture
 from flux.pipelines.text_to_image import FluxModel
 from flux.preprocess.vision import vision_pixels
 
-__all__ = ["MEASURES", "Score", "main", "table"]
+__all__ = ["MEASURES", "Score", "covered_in", "iou", "main", "table"]
 
 Image = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -127,7 +127,7 @@ def control(count: int, kind: str, model: FluxModel | None = None, lora: Any = N
         drawn = draw(model, [example.prompt for example in examples], guides, SEED + start)
         for example, image in zip(examples, drawn, strict=True):
             truth, seen = _covered(example.scene), covered_in(image)
-            score.value("IoU of outlines", _iou(truth, seen))
+            score.value("IoU of outlines", iou(truth, seen))
             verdict = check(image, example.request)
             for index in range(verdict.colour[1]):
                 score.mark("colours", index < verdict.colour[0], f"{example.prompt!r}: {'; '.join(verdict.faults)}")
@@ -258,7 +258,8 @@ def _covered(scene: Scene) -> Flags:
     return covered
 
 
-def _iou(one: Flags, other: Flags) -> float:
+def iou(one: Flags, other: Flags) -> float:
+    """Intersection over union of what two (H, W) cover; 1 where neither covers anything."""
     union = float((one | other).sum())
     return float((one & other).sum()) / union if union else 1.0
 
@@ -278,7 +279,7 @@ def _iou_of(item: Item, scene: Scene, contrast: NDArray[np.float32]) -> float:
     free = cv2.dilate(others, np.ones((3, 3), np.uint8)) == 0
     reach = (item.radius + GROWN) * REACH
     rows, columns = (slice(max(0, round(c - reach)), round(c + reach)) for c in (item.y, item.x))
-    return _iou((own & free)[rows, columns], (seen & free)[rows, columns])
+    return iou((own & free)[rows, columns], (seen & free)[rows, columns])
 
 
 def _distance(blob: Blob, item: Item) -> float:

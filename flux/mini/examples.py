@@ -309,7 +309,7 @@ def depth_of(scene: Scene, rng: random.Random) -> Image:
 
 # Editing by instruction.
 
-EDITS = {"recolour": 4, "remove": 3, "add": 4, "background": 3, "reshape": 2, "join": 2, "nothing": 1.5}
+EDITS = {"recolour": 4, "remove": 3, "add": 4, "background": 3, "join": 2, "nothing": 1.5}
 FREE_COLOUR = {"black": "white", "blue": "yellow", "purple": "yellow"}  # of an object without one, by the background
 GRIDS = (8, 12, 16, 24)
 
@@ -347,21 +347,15 @@ def edit_scene(scene: Scene, kind: str, rng: random.Random) -> tuple[str, Scene]
     if kind == "remove":
         rest = tuple(i for i in scene.items if i is not item)
         return rng.choice(REMOVE_WORDS).format(shape=item.shape), replace(scene, items=rest)
-    if kind == "recolour":
-        colour = rng.choice([c for c in COLOURS if c not in (item.colour, scene.background)])
-        changed = replace(item, colour=colour)
-        words = rng.choice(RECOLOUR_WORDS).format(shape=item.shape, colour=colour)
-    else:
-        shape = rng.choice([s for s in SHAPES if all(s != i.shape for i in scene.items)])
-        changed = replace(item, shape=shape)
-        words = rng.choice(RESHAPE_WORDS).format(shape=item.shape, other=shape)
+    colour = rng.choice([c for c in COLOURS if c not in (item.colour, scene.background)])
+    changed = replace(item, colour=colour)
+    words = rng.choice(RECOLOUR_WORDS).format(shape=item.shape, colour=colour)
     return words, replace(scene, items=tuple(changed if i is item else i for i in scene.items))
 
 
 RECOLOUR_WORDS = ("make the {shape} {colour}", "make the {shape} {colour}", "paint the {shape} {colour}")
 REMOVE_WORDS = ("remove the {shape}", "remove the {shape}", "delete the {shape}")
 BACKGROUND_WORDS = ("change the background to {colour}", "make the background {colour}")
-RESHAPE_WORDS = ("turn the {shape} into a {other}", "replace the {shape} with a {other}")
 JOIN_WORDS = ("both side by side", "put both side by side")
 PLACES = {
     "left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",

@@ -27,7 +27,7 @@ def some_edit(kind, seed=1):
             return example
 
 
-@pytest.mark.parametrize("kind", ["recolour", "reshape", "remove", "add", "background"])
+@pytest.mark.parametrize("kind", ["recolour", "remove", "add", "background"])
 def test_the_right_edit_passes_and_an_unchanged_picture_does_not(kind):
     for seed in range(4):
         example = some_edit(kind, seed)
@@ -61,9 +61,9 @@ def test_outlines_that_are_off_lower_the_iou():
     example = control_example(random.Random(2), guided.CANVAS, "canny", sign_share=0.0)
     truth = guided._covered(example.scene)
     seen = guided.covered_in(example.picture)
-    assert guided._iou(truth, seen) > 0.93
-    assert guided._iou(truth, np.roll(seen, 6, axis=1)) < guided._iou(truth, np.roll(seen, 2, axis=1)) < 0.95
-    assert guided._iou(truth, np.zeros_like(truth)) == 0
+    assert guided.iou(truth, seen) > 0.93
+    assert guided.iou(truth, np.roll(seen, 6, axis=1)) < guided.iou(truth, np.roll(seen, 2, axis=1)) < 0.95
+    assert guided.iou(truth, np.zeros_like(truth)) == 0
 
 
 def test_what_is_taken_over_counts_once():

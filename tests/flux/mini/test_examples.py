@@ -99,7 +99,7 @@ def test_an_instruction_changes_what_it_names_and_nothing_else(kind):
             before, after = example.sources[0], example.after
             gone = [item for item in before.items if item not in after.items]
             new = [item for item in after.items if item not in before.items]
-            counts = {"recolour": (1, 1), "reshape": (1, 1), "remove": (1, 0), "add": (0, 1), "background": (0, 0)}
+            counts = {"recolour": (1, 1), "remove": (1, 0), "add": (0, 1), "background": (0, 0)}
             assert (len(gone), len(new)) == counts[kind]
             assert (before.background != after.background) == (kind == "background")
             assert np.array_equal(example.picture, draw(after))
