@@ -191,8 +191,8 @@ def _say(request: Request, rng: random.Random) -> str:
 
 # Filling a hole.
 
-HOLE_MODES = {"object": 10, "whole": 2, "strip": 5, "box": 2, "empty": 2}
-BOX_MARGIN = (2.0, 12.0)  # pixels between an object and its hole
+HOLE_MODES = {"object": 12, "whole": 1.5, "strip": 4, "box": 1.5, "empty": 2}
+BOX_MARGIN = (3.0, 8.0)  # pixels between an object and its hole, alike on all sides: what is painted fills its hole
 STRIP = (0.2, 0.5)  # of a side
 BLURRED_SHARE = 0.15
 BLUR = 5
@@ -234,8 +234,8 @@ def said_alone(item: Item, scene: Scene, rng: random.Random) -> str:
 def hole_around(item: Item, scene: Scene, rng: random.Random) -> Mask:
     """A box or an ellipse (H, W) around an object, with some room."""
     mask = np.zeros((scene.height, scene.width), np.float32)
-    left, right, above, below = (item.radius * REACH + rng.uniform(*BOX_MARGIN) for _ in range(4))
-    x0, x1, y0, y1 = (round(v) for v in (item.x - left, item.x + right, item.y - above, item.y + below))
+    half = item.radius * REACH + rng.uniform(*BOX_MARGIN)
+    x0, x1, y0, y1 = (round(v) for v in (item.x - half, item.x + half, item.y - half, item.y + half))
     if rng.random() < 0.7:
         cv2.rectangle(mask, (x0, y0), (x1, y1), 1.0, cv2.FILLED)
     else:
