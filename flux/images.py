@@ -14,6 +14,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,8 +26,8 @@ from .errors import FileError, MissingFileError, UserError
 from .version import VERSION
 
 __all__ = [
-    "FORMATS", "check_output", "parameters_text", "read_mask", "read_picture", "read_settings", "save_picture",
-    "write_whole",
+    "FORMATS", "Origin", "check_output", "origin_of", "parameters_text", "read_mask", "read_picture", "read_settings",
+    "save_picture", "write_whole",
 ]  # fmt: skip
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -53,6 +54,11 @@ WORDS_OF_SETTINGS = (  # ours, and AUTOMATIC1111's word for it
     ("denoise", "Denoising strength"),
 )
 BYTE_MAX, SHORT_MAX = 255, 65_535
+RGB_PROFILE, RGB_PROFILE_PLACE = b"RGB ", slice(16, 20)  # ICC.1:2022, 7.2.6: what numbers a profile is for
+RAW_SHORTS = ";16"  # in Pillow's word for how a file holds its numbers
+DEEP_FORMATS = ("PNG", "TIFF")  # in which that word means 16 bits a channel; in BMP it means 16 a pixel
+DEEP_MODES = ("I", "F")
+OPAQUE = 255
 WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 
 
@@ -77,13 +83,16 @@ def check_output(path: Path) -> None:
         ) from error
 
 
-def save_picture(path: Path, pixels: NDArray[np.uint8], settings: Mapping[str, object]) -> None:
+def save_picture(
+    path: Path, pixels: NDArray[np.uint8], settings: Mapping[str, object], profile: bytes | None = None
+) -> None:
     """Write a picture with its settings; the folder is made, an older file of that name is replaced.
 
     Args:
         path: Its suffix is one of ``FORMATS``.
         pixels: (H, W, 3).
         settings: Plain values.
+        profile: ICC profile of the pixels; None for none, which is taken for sRGB.
 
     Raises:
         UserError: The path cannot be written to.
@@ -98,6 +107,8 @@ def save_picture(path: Path, pixels: NDArray[np.uint8], settings: Mapping[str, o
         options["pnginfo"] = _png_texts(settings)
     else:
         options["exif"] = _exif(settings)
+    if profile is not None:
+        options["icc_profile"] = profile
     image = Image.fromarray(np.ascontiguousarray(pixels))
     write_whole(path, lambda file: image.save(file, format=file_format, **options))
 
@@ -152,6 +163,67 @@ def read_mask(path: Path) -> NDArray[np.float32]:
         return _unit(image, SHORT_MAX)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, BLACK), image.convert("RGBA"))
     return _unit(flat.convert("L"), BYTE_MAX)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a picture's file has and ``read_picture``'s numbers have not.
+
+    Attributes:
+        name: The file's.
+        profile: Its ICC profile, where that is for RGB.
+        transparent: Whether anything in it is.
+        deep: Whether it has more than 8 bits a channel.
+        other_profile: Whether it has an ICC profile for other than RGB.
+    """
+
+    name: str
+    profile: bytes | None = None
+    transparent: bool = False
+    deep: bool = False
+    other_profile: bool = False
+
+    @property
+    def losses(self) -> list[str]:
+        """A sentence for everything that a picture written with ``profile`` lacks."""
+        told = (
+            (self.transparent, f"{self.name} is transparent in places: it is laid on white, and the result is not"),
+            (self.deep, f"{self.name} has more than 8 bits a channel, and the result has 8"),
+            (self.other_profile, f"the colour profile of {self.name} is left out, for it is not for RGB"),
+        )
+        return [sentence for true, sentence in told if true]
+
+
+def origin_of(path: Path) -> Origin:
+    """What a picture's numbers leave out.
+
+    Raises:
+        UserError: There is no such file, or it is no picture.
+    """
+    image = _open(path)
+    with Image.open(path) as unread:  # only before it is read does it tell how the file holds its numbers
+        deep = unread.mode.startswith(DEEP_MODES) or (unread.format in DEEP_FORMATS and RAW_SHORTS in _raw_mode(unread))
+    profile = image.info.get("icc_profile") or None
+    for_rgb = profile is not None and profile[RGB_PROFILE_PLACE] == RGB_PROFILE
+    return Origin(
+        name=path.name,
+        profile=profile if for_rgb else None,
+        transparent=not image.mode.startswith(DEEP_MODES) and _least_alpha(image) < OPAQUE,
+        deep=deep,
+        other_profile=profile is not None and not for_rgb,
+    )
+
+
+def _raw_mode(unread: Image.Image) -> str:
+    """Pillow's word for how a file holds its numbers, as "RGB;16B"."""
+    tiles = getattr(unread, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def _least_alpha(image: Image.Image) -> int:
+    extrema: Any = image.convert("RGBA").getchannel("A").getextrema()
+    return int(extrema[0])
 
 
 def _unit(image: Image.Image, top: int) -> NDArray[np.float32]:

@@ -44,7 +44,8 @@ class Combine(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="The second model's share: 0 only the first draws, 0.5 both alike, 1 only the second. "
-                    "Between, a step takes as long as one of each.",
+                    "Between, a step takes as long as one of each. Where the second's control or hole does not act "
+                    "(by its strength, time or region), the first draws alone.",
                 ),
             ],
             outputs=[

@@ -120,8 +120,8 @@ class Control(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="Gives the size of the picture that is drawn, and how many. Not connected: the image's "
-                    "own size, at multiples of 16.",
+                    tooltip="What is drawn on: it gives the size and the number of pictures, and goes through as it "
+                    "is, with its noise mask. Not connected: an empty one of the image's own size, at multiples of 16.",
                 ),
                 io.Mask.Input(
                     "region",
@@ -137,7 +137,9 @@ class Control(io.ComfyNode):
                 ),
                 negative_output("the control"),
                 io.Latent.Output(
-                    display_name="latent", tooltip="An empty latent of the control's size: for a sampler."
+                    display_name="latent",
+                    tooltip="The latent that came in, unchanged; else an empty one of the control's size: for a "
+                    "sampler.",
                 ),
                 io.Image.Output(
                     display_name="image", tooltip="What the model will see: edges or depth at the drawn size."
@@ -177,7 +179,7 @@ class Control(io.ComfyNode):
             end=end,
             slot=slot,
             region=region,
-            pictures=1 if latent is None else len(latent["samples"]),
+            latent=latent,
         )
         return io.NodeOutput(*added, seen, ui=ui.PreviewImage(seen, cls=cls))
 

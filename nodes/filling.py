@@ -43,7 +43,7 @@ class Fill(io.ComfyNode):
                 strength(
                     "How much of each step sees the picture: 1 as the model was trained, less is freer and the "
                     "surroundings count less, more clings to them; 0 leaves the picture out. Other numbers than 1 "
-                    "take a second model run a step."
+                    "take a second model run a step, in which all of the picture is hidden by grey."
                 ),
                 start("From when the picture is seen, as a fraction of the run: 0 from the first step."),
                 end(

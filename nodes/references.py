@@ -69,7 +69,8 @@ class Reference(io.ComfyNode):
                     step=0.01,
                     round=0.001,
                     tooltip="A larger picture is scaled down to so many megapixels (of 1024x1024), with its aspect "
-                    "kept, and that is said. More takes more time and memory. Ignored by fit kontext.",
+                    "kept, and that is said; with fit pad FLUX Stitch scales the result back. More takes more time and "
+                    "memory. Ignored by fit kontext.",
                 ),
                 io.Mask.Input(
                     "region",
@@ -90,7 +91,8 @@ class Reference(io.ComfyNode):
                 ),
                 CROP.Output(
                     display_name="crop",
-                    tooltip="For FLUX Stitch, which cuts from the decoded picture what was added to reach the grid.",
+                    tooltip="For FLUX Stitch, which cuts from the decoded picture what was added to reach the grid, "
+                    "and with fit pad gives it the reference's own size.",
                 ),
             ],
         )

@@ -94,7 +94,7 @@ def attached(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     *,
-    norms_by_strength: bool = True,
+    norms_by_strength: bool = False,
 ) -> Iterator[Attachment]:
     """Have control LoRAs on a model inside the block, each of strength 1 at first.
 
@@ -106,8 +106,8 @@ def attached(
         device: That the model runs on; None leaves tensors where they are.
         dtype: That the model runs in; None leaves tensors what they are. Both None is also for training, where the
             optimiser's own tensors are to be used.
-        norms_by_strength: Whether scales of norms come in as far as the strength goes. Black Forest Labs' code has no
-            strength for them: they take the model's place altogether, whatever that of the branches.
+        norms_by_strength: Whether scales of norms come in as far as the strength goes. In Black Forest Labs' code they
+            take the model's place altogether, whatever the strength of the branches, which is the default.
 
     Yields:
         What the strengths are set by.

@@ -15,10 +15,10 @@ from ..images import check_output, save_picture
 from ..pipelines.guided import ControlInput
 from ..pipelines.text_to_image import round_size
 from ..preprocess.canny import HIGH, LOW, automatic_canny, canny
-from ..preprocess.control import fit_control
+from ..preprocess.control import fit_control, has_colours, is_black_and_white, lacks_edges
 from ..preprocess.depth import normalise_depth, open_depth
 from .console import say
-from .engine import Desk, Job, as_pixels, channels_first, guide_of, picture_of, request_of
+from .engine import Desk, Job, Warn, as_pixels, channels_first, guide_of, picture_of, request_of
 from .files import control_lora_file
 
 __all__ = ["make"]
@@ -38,9 +38,12 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
     """
     _check(arguments)
     picture = picture_of(arguments.image)
+    _tell_of_kind(arguments, picture, desk.warn)
     height, width = _size(arguments, picture)
     fitted = fit_control(picture, round_size(height), round_size(width), arguments.fit, desk.warn)
     control, found = _control(arguments, fitted, desk.device)
+    if arguments.type == "canny" and lacks_edges(control):
+        desk.warn(f"there are no edges in {arguments.image.name}: {_more_edges(arguments)}")
     path = None if arguments.lora is None else control_lora_file(arguments.lora, arguments.type)
     lora = None if path is None else read_control_lora(path)
     given = ControlInput(picture=channels_first(control), lora=lora, strength=arguments.strength, **guide_of(arguments))
@@ -69,6 +72,29 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--auto chooses both thresholds, and one was given; give one of them")
     if arguments.save_control is not None:
         check_output(arguments.save_control)
+
+
+def _tell_of_kind(arguments: argparse.Namespace, picture: Tensor, warn: Warn) -> None:
+    """Warn of a picture (1, H, W, 3) that looks like another kind's, unless ``--ready`` says what it is."""
+    name = arguments.image.name
+    if arguments.ready:
+        return
+    if arguments.type == "depth" and arguments.depth_model is None and has_colours(picture):
+        warn(
+            f"{name} has colours, so that it is no depth picture: give --depth-model, which makes one of a photo, or "
+            "say with --ready that it is depth"
+        )
+    if arguments.type == "canny" and is_black_and_white(picture):
+        warn(f"{name} is black and white, as edges are: if it is edges already, say so with --ready")
+
+
+def _more_edges(arguments: argparse.Namespace) -> str:
+    """How there would be some."""
+    if arguments.ready:
+        return "leave --ready out, which finds them"
+    if arguments.auto:
+        return "it is too even for --auto; give --low and --high, or another picture"
+    return "lower the thresholds with --low and --high, or let --auto choose them"
 
 
 def _size(arguments: argparse.Namespace, picture: Tensor) -> tuple[int, int]:

@@ -53,6 +53,7 @@ class Job:
         finish: Makes of a picture (H, W, 3), in bytes, what is written; None for the picture itself.
         facts: Further settings, which go into the picture.
         files: That were read beside the model's and the pictures, by role.
+        profile: ICC profile of what is written; None for none.
     """
 
     model: FluxModel
@@ -60,6 +61,7 @@ class Job:
     finish: Callable[[Tensor], Tensor] | None = None
     facts: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    profile: bytes | None = None
 
 
 @dataclass(frozen=True)

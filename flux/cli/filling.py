@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..editing.inpaint import CropOptions, crop_for_inpaint, stitch
 from ..editing.masks import MaskOptions
 from ..editing.outpaint import OutpaintPlan, extend, finish, plan_outpaint, plan_to_aspect
 from ..errors import UserError
+from ..images import origin_of
 from ..pipelines.guided import FillInput
 from .engine import Desk, Job, as_numbers, as_pixels, channels_first, guide_of, mask_of, picture_of, request_of
 
@@ -31,7 +33,11 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
     """
     if Path(arguments.out).suffix.lower() in LOSSY:
         desk.warn(f"{Path(arguments.out).name} changes what was to be kept a little; a .png keeps it to the bit")
-    return _fill(arguments, desk) if arguments.command == "fill" else _outpaint(arguments, desk)
+    origin = origin_of(arguments.image)
+    for sentence in origin.losses:
+        desk.warn(sentence)
+    job = _fill(arguments, desk) if arguments.command == "fill" else _outpaint(arguments, desk)
+    return replace(job, profile=origin.profile)
 
 
 def _fill(arguments: argparse.Namespace, desk: Desk) -> Job:
@@ -111,7 +117,7 @@ def _job(
     height, width = picture.shape[1:3]
     given = FillInput(
         picture=channels_first(picture), mask=mask[None], rounding=rounding, strength=arguments.strength,
-        **guide_of(arguments),
+        mask_checked=True, **guide_of(arguments),
     )  # fmt: skip
     request = request_of(arguments, desk.seed, width=width, height=height, inputs=[given])
     return Job(desk.model, request, finished, facts)

@@ -86,7 +86,7 @@ def _draw(job: Job, output: Output, record: Record, clock: Clock, bar: Bar, warn
             if job.finish is not None:
                 clock.lap("finishing")
             path = output.path(index, picture.seed)
-            save_picture(path, picture.pixels.numpy(), picture.settings)
+            save_picture(path, picture.pixels.numpy(), picture.settings, job.profile)
             clock.lap("saving")
             record.add(path, picture)
             if job.request.count > 1:

@@ -173,8 +173,14 @@ def check_picture(image: Tensor) -> None:
     """Refuse what is no batch of pictures.
 
     Raises:
-        UserError: It is not of shape (B, H, W, 3), or not of floating-point numbers.
+        UserError: It is not of shape (B, H, W, 3), or not of finite floating-point numbers.
     """
+    _check_form(image)
+    if not image.isfinite().all():
+        raise UserError("numbers in the picture are not finite (NaN or infinite); give finite ones")
+
+
+def _check_form(image: Tensor) -> None:
     if image.ndim != 4 or image.shape[-1] != 3 or not image.numel():
         raise UserError(
             f"a tensor of shape {list(image.shape)} is no picture; give (pictures, height, width, 3), none of them 0"
@@ -195,7 +201,7 @@ def check_painted(painted: Tensor, asked: Tensor, what: str) -> None:
         UserError: It is no picture, or of another size or number.
         NumericError: It has numbers that are not finite.
     """
-    check_picture(painted)
+    _check_form(painted)
     (count, *size, _), (asked_count, *asked_size, _) = painted.shape, asked.shape
     if size != asked_size:
         raise UserError(

@@ -37,6 +37,7 @@ __all__ = [
     "match_batch",
     "prepare_mask",
     "smoothstep",
+    "tell_of_size",
 ]
 
 MAX_GROW = 512
@@ -219,13 +220,20 @@ def fit_mask(mask: Tensor, height: int, width: int, warn: Warn | None = None) ->
     if mask.shape[1:] == (height, width):
         return mask
     if warn is not None:
-        stretched = " and stretched, for its aspect is another" if differs_in_aspect(mask, height, width) else ""
-        warn(
-            f"the mask ({mask.shape[2]}x{mask.shape[1]}) is of another size than the picture ({width}x{height}): "
-            f"it is resized{stretched}"
-        )
+        tell_of_size(mask, height, width, warn)
     resized = F.interpolate(mask[:, None], (height, width), mode="bilinear", antialias=True)
     return resized[:, 0].clamp(0, 1)
+
+
+def tell_of_size(mask: Tensor, height: int, width: int, warn: Warn) -> None:
+    """Tell that a mask (B, h, w) is resized to a picture's size, where it has another one."""
+    if mask.shape[1:] == (height, width):
+        return
+    stretched = " and stretched, for its aspect is another" if differs_in_aspect(mask, height, width) else ""
+    warn(
+        f"the mask ({mask.shape[2]}x{mask.shape[1]}) is of another size than the picture ({width}x{height}): "
+        f"it is resized{stretched}"
+    )
 
 
 def match_batch(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

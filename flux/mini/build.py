@@ -56,8 +56,8 @@ GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "fill": {"steps": 3400, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "canny": {"steps": 900, "decay": 400, "batch": 32, "learning_rate": 1.5e-3},
     "depth": {"steps": 500, "decay": 250, "batch": 32, "learning_rate": 1.2e-3},
-    "canny_lora": {"steps": 200, "decay": 150, "batch": 32, "learning_rate": 5e-4},
-    "depth_lora": {"steps": 200, "decay": 150, "batch": 32, "learning_rate": 5e-4},
+    "canny_lora": {"steps": 500, "decay": 350, "batch": 32, "learning_rate": 8e-4},
+    "depth_lora": {"steps": 500, "decay": 350, "batch": 32, "learning_rate": 8e-4},
     "edit": {"steps": 3000, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "style": {"steps": 1000, "decay": 450, "batch": 32, "learning_rate": 1.5e-3},
 }

@@ -318,7 +318,7 @@ def _left_out(keep: Tensor, before: int, behind: int) -> Tensor:
     return F.pad(bias, (before, behind))[:, None, None]
 
 
-LORA_RANK = 32
+LORA_RANK = 48
 STROKE = "/"  # in place of the dots, which torch has for itself
 
 

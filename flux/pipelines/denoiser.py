@@ -36,13 +36,17 @@ class Guidance:
         guides: In any order.
         models: Further transformers that guides name as theirs.
         layout: Where references are: one of ``models.positions.LAYOUTS``.
-        mu: Shift of the schedule that the guides' times are fractions of; None for none.
+        empty: What a Fill model sees where its picture is left out, (1, c, h, w) as in ``Channels``: grey that is
+            painted anew all over, as in training. None: zeros in place of the grey.
+        norms_by_strength: Whether a control LoRA's norms come in as far as its strength goes; else they take the
+            model's place altogether (Black Forest Labs). See ``adapters.control_lora.attached``.
     """
 
     guides: Sequence[Guide] = ()
     models: Mapping[str, Part[Flux1Spec, Flux1]] = field(default_factory=dict)
     layout: str = "offset"
-    mu: float | None = None
+    empty: Tensor | None = None
+    norms_by_strength: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Denoiser:
         hooks: Asked before every block whether to stop.
         guides: What the transformer is given beside the prompt.
         layout: Of references.
+        empty: See ``Guidance``.
     """
 
     def __init__(
@@ -85,11 +90,12 @@ class Denoiser:
         hooks: Hooks,
         guides: Sequence[Guide] = (),
         layout: str = "offset",
+        empty: Tensor | None = None,
     ) -> None:
         part = engine.part
         check_text(part.spec, prompt)
         self.engine, self.part, self.hooks = engine, part, hooks
-        self.guides, self.layout = tuple(guides), layout
+        self.guides, self.layout, self.empty = tuple(guides), layout, empty
         self.pooled = prompt.pooled.to(part.device, part.dtype)
         self.prompt = prompt.tokens.to(part.device, part.dtype)
         uses_guidance = part.spec.guidance_embedding and guidance is not None
@@ -130,9 +136,15 @@ class Denoiser:
         """What stands behind the noisy latent's channels: the model's own, then each LoRA's."""
         own = [g.latents for g in self.guides if isinstance(g, Channels) and g.lora is None]
         extra = self.part.spec.in_channels // PATCH**2 - x.shape[1]
-        behind = [own[0]] if own else [neutral_channels(x, extra)] if extra else []
+        behind = [own[0]] if own else [self._nothing(x, extra)] if extra else []
         behind += [g.latents if g in self.guides else torch.zeros_like(g.latents[:1]) for g in self.engine.followed]
         return [part.to(x).expand(len(x), -1, *x.shape[-2:]) for part in behind]
+
+    def _nothing(self, x: Tensor, count: int) -> Tensor:
+        """The model's own further channels where nothing is given for them."""
+        if self.empty is not None and self.empty.shape[1] == count:
+            return self.empty
+        return neutral_channels(x, count)
 
     def _with_references(self, image: Tensor, references: Tensor) -> Tensor:
         """References (B, R, 4C) behind image tokens, with zeros for the channels that only the image has."""

@@ -108,20 +108,20 @@ def prepared(
         flows = []
         for prediction in predictions:
             engine = engines[prediction.model]
-            passes = [Denoiser(engine, positive, guidance, hooks, prediction.guides, guided.layout)]
+            passes = [Denoiser(engine, positive, guidance, hooks, prediction.guides, guided.layout, guided.empty)]
             if negative is not None and cfg != 1.0:
                 unstyled = [guide for guide in prediction.guides if not isinstance(guide, StyleTokens)]
-                passes.append(Denoiser(engine, negative, guidance, hooks, unstyled, guided.layout))
+                passes.append(Denoiser(engine, negative, guidance, hooks, unstyled, guided.layout, guided.empty))
             flows.append((prediction, passes))
         if tables:
             moments = evaluation_sigmas(solver_name, list(sigmas))
             for prediction, passes in flows:
-                own = [sigma for sigma in moments if prediction.covers(fraction_done(sigma, guided.mu))]
+                own = [sigma for sigma in moments if prediction.covers(fraction_done(sigma, sigmas))]
                 for flow in passes:
                     flow.prepare(own)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            done = fraction_done(sigma, guided.mu)
+            done = fraction_done(sigma, sigmas)
             active = [(prediction, passes) for prediction, passes in flows if prediction.covers(done)]
             if len(active) == 1:
                 return _with_cfg(active[0][1], x, sigma, cfg)
@@ -156,7 +156,8 @@ def _engines(
         held.enter_context(model.resident(without=apart, watch=hooks.loading))
         engines[model] = Engine(model)
     if loras and part in engines:
-        attachment = held.enter_context(attached(part.module, loras, part.device, part.dtype))
+        putting_on = attached(part.module, loras, part.device, part.dtype, norms_by_strength=guided.norms_by_strength)
+        attachment = held.enter_context(putting_on)
         engines[part] = Engine(part, followed, attachment)
     return {name: engines[model] for name, model in models.items()}
 

@@ -19,15 +19,17 @@ from ..adapters.guides import Channels, Guide, Reference, StyleTokens, check_spa
 from ..errors import MismatchError, NumericError, UserError
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
+from ..preprocess.control import differs_in_aspect
 from ..sampling.packing import PATCH
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from .denoiser import Guidance
+from .given import check_finite, check_guide, check_guide_sizes, check_region, check_unit
 from .parts import Part
 
 __all__ = [
     "POSTERIORS", "ROUNDINGS", "AnyInput", "ControlInput", "FillInput", "Input", "ReferenceInput", "check_inputs",
-    "described", "encode_picture", "fill_latents", "guidance_of", "resized", "size_of_inputs",
+    "check_sizes", "described", "encode_picture", "fill_latents", "guidance_of", "resized", "size_of_inputs",
 ]  # fmt: skip
 
 Warn = Callable[[str], None]
@@ -59,12 +61,14 @@ class FillInput(Input):
         mask: 1 where it is painted anew; soft values are allowed.
         rounding: How soft masks are taken; see ``adapters.channels.hidden_and_shown``.
         posterior: "mean" of what the autoencoder gives, or a "sample" of it (diffusers).
+        mask_checked: Whether ``editing.masks.check_mask`` saw the whole mask, so that nothing is said of a part of it.
     """
 
     picture: Tensor
     mask: Tensor
     rounding: str = "soft"
     posterior: str = "mean"
+    mask_checked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,7 +138,7 @@ def check_inputs(spec: Flux1Spec, inputs: Sequence[AnyInput], warn: Warn) -> Non
     Args:
         spec: The run's own transformer.
         inputs: What was given.
-        warn: Told of what has no effect.
+        warn: Told of what has no effect, and of what looks like a mistake.
 
     Raises:
         MismatchError: The model and an input do not go together.
@@ -142,11 +146,9 @@ def check_inputs(spec: Flux1Spec, inputs: Sequence[AnyInput], warn: Warn) -> Non
     """
     for given in inputs:
         _check_shapes(given)
-        if isinstance(given, StyleTokens) and given.tokens.shape[-1] != spec.context_width:
-            raise MismatchError(
-                f"the style tokens have width {given.tokens.shape[-1]}, but {spec.title} takes {spec.context_width}; "
-                "use the Redux adapter of its family"
-            )
+        _check_numbers(given)
+        if isinstance(given, Guide):
+            check_guide(spec, given)
         if isinstance(given, FillInput) and spec.task != "fill":
             raise MismatchError(f"{spec.title} has no input for a picture with a hole; choose {_models('fill')}")
         if isinstance(given, ControlInput):
@@ -160,9 +162,53 @@ def check_inputs(spec: Flux1Spec, inputs: Sequence[AnyInput], warn: Warn) -> Non
             "two controls were given to one control model; give one of them a control model of its own, or use control "
             "LoRAs"
         )
-    _check_needs(spec, fills, own)
+    channels = sum(isinstance(given, Channels) and given.lora is None for given in inputs)
+    _check_needs(spec, fills + channels, own + channels)
+    for given in inputs:
+        if isinstance(given, FillInput):
+            _check_hole(given, warn)
     if spec.task != "edit" and any(isinstance(given, ReferenceInput | Reference) for given in inputs):
         warn(f"{spec.title} was not trained to look at references; choose {_models('edit')}")
+
+
+def _check_numbers(given: AnyInput) -> None:
+    if given.region is not None:
+        check_region(given.region)
+    if isinstance(given, FillInput):
+        check_unit("mask", given.mask)
+    if not isinstance(given, Guide):
+        check_finite("picture", given.picture)
+
+
+def _check_hole(given: FillInput, warn: Warn) -> None:
+    """Refuse an empty mask, and tell of one that looks like a mistake."""
+    from ..editing.masks import check_mask, tell_of_size  # which bring OpenCV, and most runs have no hole
+
+    mask = given.mask[:, 0]
+    check_mask(mask, None if given.mask_checked else warn)
+    tell_of_size(mask, int(given.picture.shape[-2]), int(given.picture.shape[-1]), warn)
+
+
+def check_sizes(inputs: Sequence[AnyInput], size: tuple[int, int], warn: Warn) -> None:
+    """Tell of pictures that the run's size stretches, and refuse encoded guides of another size.
+
+    Args:
+        inputs: Checked by ``check_inputs``.
+        size: Height and width of the run in pixels.
+        warn: Told of each picture.
+
+    Raises:
+        UserError: A guide's latents do not lie on the run's cells.
+    """
+    check_guide_sizes(inputs, size)
+    for given in inputs:
+        if isinstance(given, FillInput | ControlInput) and differs_in_aspect(given.picture.movedim(1, -1), *size):
+            what = "picture with the hole" if isinstance(given, FillInput) else "control picture"
+            height, width = given.picture.shape[-2:]
+            warn(
+                f"the {what} ({width}x{height}) has another aspect than the output ({size[1]}x{size[0]}): it is "
+                "stretched, which changes its shapes"
+            )
 
 
 def _check_control(spec: Flux1Spec, given: ControlInput) -> None:
@@ -220,7 +266,6 @@ def guidance_of(
     size: tuple[int, int],
     *,
     layout: str = "offset",
-    mu: float | None = None,
     seed: int = 0,
 ) -> Guidance:
     """Encode inputs.
@@ -230,7 +275,6 @@ def guidance_of(
         autoencoder: Encodes pictures.
         size: Height and width of the run in pixels, multiples of 16.
         layout: Of references.
-        mu: Shift of the schedule.
         seed: Of samples of the posterior, for each input anew, so that their order does not matter.
     """
     guides: list[Guide] = []
@@ -248,7 +292,9 @@ def guidance_of(
             picture = resized(given.picture, size)
             latents = encode_picture(autoencoder, picture, given.posterior, generator)
             guides.append(Channels(latents=latents, lora=given.lora, model=name, **_common(given)))
-    return Guidance(guides=guides, models=models, layout=layout, mu=mu)
+    partly = any(isinstance(given, FillInput) and not _acts_throughout(given) for given in inputs)
+    empty = empty_fill(autoencoder, size) if partly else None
+    return Guidance(guides=guides, models=models, layout=layout, empty=empty)
 
 
 def _named(models: dict[str, Part[Flux1Spec, Flux1]], model: Part[Flux1Spec, Flux1]) -> str:
@@ -274,6 +320,16 @@ def fill_latents(
     hidden, shown = hidden_and_shown(mask, given.rounding)
     latents = encode_picture(autoencoder, picture * (1 - hidden) + GREY * hidden, given.posterior, generator)
     return fill_channels(latents, shown)
+
+
+def empty_fill(autoencoder: Encoder, size: tuple[int, int]) -> Tensor:
+    """Fill's further channels (1, C + 64, h, w) of a picture all of which is painted anew."""
+    picture = torch.zeros(1, 3, *size)
+    return fill_latents(FillInput(picture=picture, mask=torch.ones(1, 1, *size)), autoencoder, size)
+
+
+def _acts_throughout(given: Input) -> bool:
+    return given.strength == 1 and given.region is None and (given.start, given.end) == (0.0, 1.0)
 
 
 def _reference(given: ReferenceInput, autoencoder: Encoder) -> Tensor:

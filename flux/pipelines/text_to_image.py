@@ -20,7 +20,17 @@ from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
 from .denoising import Hooks, prepared, walk
-from .guided import AnyInput, check_inputs, described, encode_picture, guidance_of, resized, size_of_inputs
+from .given import check_finite, check_unit
+from .guided import (
+    AnyInput,
+    check_inputs,
+    check_sizes,
+    described,
+    encode_picture,
+    guidance_of,
+    resized,
+    size_of_inputs,
+)
 from .parts import Part, check_beside
 from .prompts import EncodedPrompt, TextEncoders
 
@@ -150,10 +160,8 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     guided = None
     if request.inputs:
         with _stage(hooks, "encoding"):
-            guided = guidance_of(
-                request.inputs, model.autoencoder, (plan.height, plan.width),
-                layout=request.layout, mu=plan.mu,
-            )  # fmt: skip
+            size = (plan.height, plan.width)
+            guided = guidance_of(request.inputs, model.autoencoder, size, layout=request.layout)
     with ExitStack() as held:
         # 4. The transformer's weights and tables, for all pictures.
         velocity = None
@@ -189,7 +197,6 @@ class _Plan:
 
     width: int
     height: int
-    mu: float | None
     sigmas: list[float]
     guidance: float | None
     cfg: float
@@ -201,6 +208,7 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
     warn = hooks.warn or (lambda _: None)
     _check(spec, request, warn)
     width, height = _size(request, spec, warn)
+    check_sizes(request.inputs, (height, width), warn)
     guidance = request.guidance if request.guidance is not None else spec.guidance
     cfg = _cfg(request)
     if request.guidance is not None and not spec.guidance_embedding:
@@ -214,7 +222,6 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
     return _Plan(
         width=width,
         height=height,
-        mu=_mu(spec, request, (width // GRID) * (height // GRID)) if request.inputs else None,
         sigmas=sigmas,
         guidance=guidance,
         cfg=cfg,
@@ -343,12 +350,16 @@ def _check(spec: Flux1Spec, request: Request, warn: Callable[[str], None]) -> No
 
 
 def _check_shapes(request: Request) -> None:
-    """Refuse a picture or a mask of another shape than ``Request`` says."""
+    """Refuse a picture or a mask of another shape than ``Request`` says, or of numbers that are none."""
     for name, tensor, channels in (("image", request.image, 3), ("mask", request.mask, 1)):
         if tensor is not None and (tensor.ndim != 4 or tensor.shape[1] != channels or 0 in tensor.shape):
             raise UserError(
                 f"the {name} has shape {tuple(tensor.shape)}; give (B, {channels}, H, W) with values in 0..1"
             )
+    if request.image is not None:
+        check_finite("image", request.image)
+    if request.mask is not None:
+        check_unit("mask", request.mask)
 
 
 def _size(request: Request, spec: Flux1Spec, warn: Callable[[str], None]) -> tuple[int, int]:

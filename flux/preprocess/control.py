@@ -25,6 +25,9 @@ __all__ = [
     "choose",
     "differs_in_aspect",
     "fit_control",
+    "has_colours",
+    "is_black_and_white",
+    "lacks_edges",
     "resize",
 ]
 
@@ -32,6 +35,8 @@ Warn = Callable[[str], None]
 
 FITS = ("stretch", "crop", "pad")
 ASPECT_TOLERANCE = 0.03  # what rounding a side of 512 to a multiple of 16 can change
+COLOURED = 0.02  # mean difference between a picture's channels, from which on it is no depth picture
+BLACK_OR_WHITE = 0.98  # share of a picture's pixels, from which on it may be edges already
 WITH_ALPHA = (2, 4)
 CHANNELS = (1, 2, 3, 4)
 BYTE_MAX = 255
@@ -125,6 +130,22 @@ def differs_in_aspect(picture: Tensor, height: int, width: int) -> bool:
     """Whether a picture (B, h, w, ...) is of another aspect than this size, by more than ``ASPECT_TOLERANCE``."""
     ratio = (picture.shape[2] * height) / (picture.shape[1] * width)
     return max(ratio, 1 / ratio) > 1 + ASPECT_TOLERANCE
+
+
+def has_colours(picture: Tensor) -> bool:
+    """Whether pictures (B, H, W, 3) are more colourful than depth is, whatever noise JPEG left on it."""
+    return float((picture.amax(-1) - picture.amin(-1)).mean()) > COLOURED
+
+
+def is_black_and_white(picture: Tensor) -> bool:
+    """Whether pictures (B, H, W, 3) have black and white, and nothing else but for a few pixels, as edges do."""
+    black, white = (picture == 0).all(-1), (picture == 1).all(-1)
+    return bool(black.any() and white.any()) and float((black | white).float().mean()) >= BLACK_OR_WHITE
+
+
+def lacks_edges(edges: Tensor) -> bool:
+    """Whether one of several pictures of edges (B, H, W, C) is black all over."""
+    return not bool(edges.flatten(1).any(dim=1).all())
 
 
 def choose(how: str, ways: tuple[str, ...], what: str) -> None:

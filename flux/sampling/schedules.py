@@ -7,7 +7,8 @@ A schedule of N steps is a list of N + 1 falling floats (sigmas), the first at m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from typing import SupportsFloat
 
 from ..errors import UserError
@@ -79,16 +80,23 @@ def shift(t: float, mu: float) -> float:
     return 0.0 if t <= 0 else 1 / (1 + math.exp(-mu) * (1 / t - 1))
 
 
-def fraction_done(sigma: float, mu: float | None) -> float:
-    """How far a run is at a time, 0 at pure noise and 1 at the end: what ``flux_schedule`` has at step i is i / steps.
+def fraction_done(sigma: float, sigmas: Sequence[float]) -> float:
+    """How far a run is at a time, 0 where it begins and 1 at its end: what it has at step i is i / steps.
+
+    Steps are what counts, not how far each goes, so that half of a run is half of its steps whatever made them. A time
+    within a step lies as far in it as in sigma.
 
     Args:
         sigma: Flow time in 0..1.
-        mu: Shift of the schedule; None for none.
+        sigmas: The run's falling times, at least two.
     """
-    if mu is None or sigma <= 0:
-        return 1 - sigma
-    return 1 - 1 / (1 + math.exp(mu) * (1 / sigma - 1))  # the inverse of ``shift``
+    if sigma >= sigmas[0]:
+        return 0.0
+    if sigma <= sigmas[-1]:
+        return 1.0
+    after = bisect_left(sigmas, -sigma, key=lambda time: -time)  # the first of them that is not before it
+    begin, end = sigmas[after - 1], sigmas[after]
+    return (after - 1 + (begin - sigma) / (begin - end)) / (len(sigmas) - 1)
 
 
 def shift_from_factor(factor: float) -> float:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ...flux.errors import MismatchError
 from ...flux.specs.flux1 import Flux1Spec
-from .control_lora import CONTROLS, IMAGE, MASK, control_slots, takes_hole
+from .control_lora import control_slots, takes_hole
 from .experts import EXPERT, expert_of, our_spec
-from .preflight import ENCODERS, check_together, given_of
+from .pictures import CONTROLS, IMAGE, MASK
+from .preflight import check_together, files_of, given_of
 from .progress import say
 from .references import LATENTS, VIEWS, views_of
 
@@ -82,7 +83,7 @@ def check_conditioning(patcher: Any, conditioning: Conditioning) -> None:
     for text, extra in conditioning:
         expert = expert_of(extra)
         maker = patcher if expert is None else expert.patcher
-        check_together(given_of(maker.model), extra.get(ENCODERS) or ())
+        check_together(given_of(maker.model), files_of(extra))
         check_widths(our_spec(maker), text, extra.get("pooled_output"))
         makers.setdefault(id(maker), (maker, []))[1].append([text, extra])
     for maker, entries in makers.values():

@@ -18,12 +18,13 @@ from ...flux.adapters.guides import check_strength
 from ...flux.errors import UserError
 from ...flux.pipelines.text_to_image import round_size
 from ...flux.preprocess.canny import automatic_canny, canny
-from ...flux.preprocess.control import as_rgb, fit_control
+from ...flux.preprocess.control import as_rgb, fit_control, has_colours, is_black_and_white, lacks_edges
 from ...flux.preprocess.depth import normalise_depth, open_depth
 from .compat import patch, to_intermediate
-from .control_lora import CONTROLS, IMAGE, MASK
 from .entries import Conditioning
 from .filling import CELL, encode, tell_of_area, with_both
+from .pictures import CONTROLS, IMAGE, has_hole, marked, with_room
+from .preflight import encoded_by
 from .progress import check_cancelled, say
 
 __all__ = ["KINDS", "Edges", "add_control", "control_picture", "depth_of", "edges_of"]
@@ -31,8 +32,6 @@ __all__ = ["KINDS", "Edges", "add_control", "control_picture", "depth_of", "edge
 CANNY, DEPTH, READY = "canny", "depth", "image"
 KINDS = (CANNY, DEPTH, READY)
 RATIO = "downscale_ratio_spacial"  # the host's key, so spelt, for pixels of a latent's cell
-COLOURED = 0.02  # mean difference between a picture's channels, from which on it is no depth map
-BLACK_OR_WHITE = 0.98  # share of pixels, from which on a picture is edges already
 WORKING_BYTES = 1 << 30  # of a depth model at the 518 pixels that it looks at
 
 Extra = dict[str, Any]
@@ -64,7 +63,7 @@ def edges_of(image: Tensor, edges: Edges) -> Tensor:
         check_cancelled()
         found.append(automatic_canny(picture) if edges.automatic else canny(picture, edges.low, edges.high))
     drawn = torch.cat(found)
-    if not bool(drawn.flatten(1).any(dim=1).all()):
+    if lacks_edges(drawn):
         say("no edges were found: lower the thresholds, or turn automatic on")
     return drawn
 
@@ -134,14 +133,12 @@ def _size(picture: Tensor, latent: dict[str, Any] | None) -> tuple[int, int]:
 
 def _tell_of_kind(picture: Tensor, kind: str) -> None:
     """Warn of a picture (B, H, W, 3) that looks like another kind's."""
-    spread = picture.amax(-1) - picture.amin(-1)
-    if kind == DEPTH and float(spread.mean()) > COLOURED:
+    if kind == DEPTH and has_colours(picture):
         say(
             "the control picture has colours, so that it is no depth picture: put FLUX Depth, or any other node that "
             "makes one, before it"
         )
-    extreme = ((picture == 0) | (picture == 1)).all(-1) & (spread == 0)
-    if kind == CANNY and float(extreme.float().mean()) >= BLACK_OR_WHITE:
+    if kind == CANNY and is_black_and_white(picture):
         say("the control picture is black and white, as edges are: if it is edges already, set kind to image")
 
 
@@ -156,12 +153,12 @@ def add_control(
     end: float,
     slot: int,
     region: Tensor | None,
-    pictures: int,
+    latent: dict[str, Any] | None,
 ) -> tuple[Conditioning, Conditioning, dict[str, Any]]:
     """Give a control picture to a control model, or to a control LoRA on any MODEL of ours.
 
-    The first one lies under the host's key, so that a core-loaded MODEL takes it too; beside a hole, which has its
-    place there, and for further ones under ours.
+    The first one lies under the host's key, so that a core-loaded MODEL takes it too. Further ones lie under ours, and
+    so do all of a prompt with a hole, which has its place there, also in entries that are without it.
 
     Args:
         positive: Any node's.
@@ -173,10 +170,10 @@ def add_control(
         end: Until when.
         slot: Which control of the MODEL it is for, from 1.
         region: MASK (1, H, W) of where in the new picture it is followed; None for everywhere.
-        pictures: How many pictures the LATENT has at least.
+        latent: What is drawn on; None for an empty one of the picture's size.
 
     Returns:
-        Both CONDITIONINGs, and an empty LATENT of the picture's size.
+        Both CONDITIONINGs, and the LATENT: the one that came in as it is.
 
     Raises:
         UserError: The strength, the times or the region are none.
@@ -185,25 +182,27 @@ def add_control(
     check_strength(strength)
     _check_region(region)
     latents = encode(vae, picture)
-    replaced = False
+    replaced, holed = False, has_hole([*positive, *(negative or ())])
 
     def change(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
         nonlocal replaced
-        if slot == 1 and extra.get(MASK) is None:
+        extra = encoded_by(vae, extra)
+        if slot == 1 and not holed:
             replaced |= extra.get(IMAGE) is not None
             return text, {**extra, IMAGE: latents}
         before = extra.get(CONTROLS) or {}
         replaced |= slot in before
         return text, {**extra, CONTROLS: {**before, slot: latents}}
 
-    both = with_both(positive, negative, change, start=start, end=end, share=strength, region=region)
+    if holed:
+        positive, negative = with_room(positive), None if negative is None else with_room(negative)
+    both = with_both(positive, negative, change, start=start, end=end, share=strength, region=region, without=marked)
     if replaced:
         say(
             f"the prompt carries a picture for control {slot} already, which this one replaces: for both choose "
             f"another slot, and put a further Load FLUX Control LoRA on the model"
         )
-    empty = latents.new_zeros(max(pictures, len(latents)), *latents.shape[1:])
-    return *both, {"samples": empty}
+    return *both, {"samples": torch.zeros_like(latents)} if latent is None else latent
 
 
 def _check_region(region: Tensor | None) -> None:

@@ -24,12 +24,12 @@ from ...flux.errors import MismatchError
 from ...flux.sampling.packing import PATCH
 from ...flux.specs.flux1 import Flux1Spec
 from .experts import our_spec
+from .pictures import CONTROLS, IMAGE, MASK
 from .progress import show
 
-__all__ = ["CONTROLS", "IMAGE", "MASK", "control_slots", "further_channels", "put_control_lora", "takes_hole"]
+__all__ = ["control_slots", "further_channels", "put_control_lora", "takes_hole"]
 
-IMAGE, MASK, NOISE_MASK = "concat_latent_image", "concat_mask", "denoise_mask"  # the host's keys
-CONTROLS = "fluxfoundry_controls"  # ours: latents (1 or B, C, h, w) by slot
+NOISE_MASK = "denoise_mask"  # the host's key
 NETWORK = "diffusion_model."  # the host's name of the transformer
 IMG_IN = "img_in"
 FIRST_LAYER = f"{NETWORK}{IMG_IN}.weight"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...flux.adapters.guides import check_span
 
-__all__ = ["Change", "Conditioning", "with_part"]
+__all__ = ["END", "START", "STRENGTH", "Change", "Conditioning", "with_part"]
 
 Conditioning = list[list[Any]]
 Extra = dict[str, Any]
@@ -33,6 +33,7 @@ def with_part(
     end: float = 1.0,
     share: float = 1.0,
     region: Tensor | None = None,
+    without: Change | None = None,
 ) -> Conditioning:
     """A CONDITIONING with a part in every entry; nothing that came in is changed.
 
@@ -43,39 +44,38 @@ def with_part(
         end: Until when.
         share: How much of the prediction is made with the part; the rest is made without it.
         region: MASK (B, H, W) of where in the picture the part acts; None for everywhere.
+        without: What is done to entries in which it does not act, beside those in which it does; None for nothing.
 
     Raises:
         UserError: ``start`` is not before ``end``, or one is not in 0..1.
     """
     check_span(start, end)
+    bare = _unchanged if without is None else without
     out: Conditioning = []
     for text, extra in conditioning:
         first, last = extra.get(START, 0.0), extra.get(END, 1.0)
         begins, ends = max(first, _border(start)), min(last, _border(end))
         if begins >= ends:
-            out.append([text, dict(extra)])
+            out.append(list(bare(text, dict(extra))))
             continue
         if first < begins:
-            out.append([text, {**extra, START: first, END: begins}])
+            out.append(list(bare(text, {**extra, START: first, END: begins})))
         timed = dict(extra) if (begins, ends) == (first, last) else {**extra, START: begins, END: ends}
-        out += _entries(text, timed, change, share, region)
+        if share > 0:
+            out.append(list(change(text, _weighed(timed, share, region, inside=True))))
+        if share != 1 or region is not None:
+            out.append(list(bare(text, _weighed(timed, share, region, inside=False))))
         if ends < last:
-            out.append([text, {**extra, START: ends, END: last}])
+            out.append(list(bare(text, {**extra, START: ends, END: last})))
     return out
+
+
+def _unchanged(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
+    return text, extra
 
 
 def _border(moment: float) -> float:
     return moment if moment in (0.0, 1.0) else max(0.0, moment - NUDGE)
-
-
-def _entries(text: Tensor, extra: Extra, change: Change, share: float, region: Tensor | None) -> Conditioning:
-    """One entry with the part, and, where it does not act fully, one without."""
-    made: Conditioning = []
-    if share > 0:
-        made.append(list(change(text, _weighed(extra, share, region, inside=True))))
-    if share != 1 or region is not None:
-        made.append([text, _weighed(extra, share, region, inside=False)])
-    return made
 
 
 def _weighed(extra: Extra, share: float, region: Tensor | None, *, inside: bool) -> Extra:

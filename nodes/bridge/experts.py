@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...flux.errors import MismatchError, UserError
 from ...flux.specs.flux1 import Flux1Spec
-from .entries import Conditioning
+from .entries import END, START, STRENGTH, Conditioning
+from .pictures import lacks_guide
 from .progress import say
 
 __all__ = ["EXPERT", "TABLE", "Expert", "combine", "expert_of", "our_spec"]
@@ -22,7 +23,8 @@ __all__ = ["EXPERT", "TABLE", "Expert", "combine", "expert_of", "our_spec"]
 EXPERT = "fluxfoundry_expert"  # our key in a CONDITIONING, and of the denoiser's inputs
 TABLE = "fluxfoundry_modulations"  # our key in the host's transformer_options
 MODELS = "fluxfoundry"  # of the host's additional models
-STRENGTH = "strength"  # the host's weight of an entry
+LOCAL = ("mask", "area")  # the host's keys of an entry that acts in a part of the picture
+FAINT = 1e-6  # of an entry's weight: so little that it counts only where there is no other
 # What the sampler tells a denoiser of the run, whichever model it is.
 OF_THE_RUN = ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas", TABLE)
 # Of a MODEL that is loaded once more: all that other nodes did to it.
@@ -88,6 +90,9 @@ def combine(
 ) -> tuple[Any, Conditioning]:
     """One MODEL and one CONDITIONING that give the weighted mean of two MODELs' predictions under any sampler.
 
+    While the second's guide does not act, all of the picture is the first's, as in the engine's own runs: a control
+    model without a control is no help.
+
     Args:
         first: MODEL; what acts on whole predictions (its schedule, a CFG patch) holds for both.
         first_conditioning: For it.
@@ -109,7 +114,29 @@ def combine(
         own = expert_of(extra)
         expert = tag if own is None else moved.get(_key(own.patcher), own)
         tagged.append([text, extra if expert is None else {**extra, EXPERT: expert}])
-    return model, [*weighed(first_conditioning, 1 - balance), *weighed(tagged, balance)]
+    firsts = weighed(first_conditioning, 1 - balance)
+    return model, [*firsts, *weighed(_guided(tagged, firsts) if firsts else tagged, balance)]
+
+
+def _guided(tagged: Conditioning, beside: Conditioning) -> Conditioning:
+    """Entries of further MODELs, without those that lack their guide where others are beside them."""
+    kept: Conditioning = []
+    for text, extra in tagged:
+        if expert_of(extra) is None or not lacks_guide(extra):
+            kept.append([text, extra])
+        elif not _covered(extra, beside):
+            kept += weighed([[text, extra]], FAINT)
+    return kept
+
+
+def _covered(extra: dict[str, Any], beside: Conditioning) -> bool:
+    """Whether others act everywhere and all the time that an entry does."""
+    everywhere = [other for _, other in beside if all(other.get(key) is None for key in LOCAL)]
+    reached = extra.get(START, 0.0)
+    for begins, ends in sorted((other.get(START, 0.0), other.get(END, 1.0)) for other in everywhere):
+        if begins <= reached:
+            reached = max(reached, ends)
+    return bool(reached >= extra.get(END, 1.0))
 
 
 def join(first: Any, second: Any) -> tuple[Any, dict[Key, Expert]]:

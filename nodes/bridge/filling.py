@@ -5,6 +5,7 @@ Shapes: B pictures of H by W pixels; IMAGE (B, H, W, 3) and MASK (B, H, W) in 0.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +18,37 @@ from ...flux.editing.inpaint import Crop, CropOptions, check_painted, crop_for_i
 from ...flux.editing.masks import SET, as_mask, check_mask, fit_mask, match_batch
 from ...flux.editing.outpaint import Canvas, OutpaintPlan, extend, finish, plan_outpaint, plan_to_aspect
 from ...flux.errors import MismatchError, NumericError, UserError
-from ...flux.preprocess.control import as_rgb, choose
-from .control_lora import CONTROLS, IMAGE, MASK
+from ...flux.preprocess.control import as_rgb, choose, resize
 from .entries import Change, Conditioning, with_part
+from .pictures import IMAGE, MASK, marked, shows_part, with_room
+from .preflight import encoded_by
 from .progress import say
 
-__all__ = ["add_hole", "as_picture", "cut_out", "encode", "lay_out", "put_back", "tell_of_area", "tinted", "with_both"]
+__all__ = [
+    "ScaledCrop", "add_hole", "as_picture", "cut_out", "encode", "lay_out", "put_back", "tell_of_area", "tinted",
+    "with_both",
+]  # fmt: skip
 
 CHANNELS = 16  # of FLUX.1's latents
 MEGAPIXEL = 1024 * 1024
 LARGE = 2.0  # megapixels; FLUX.1 was trained on pictures of up to so many
+ALWAYS = (1.0, 0.0, 1.0)  # strength, start and end of what acts fully all the time
 TINT = (1.0, 0.0, 0.0)  # red, which says "mask" to most people
 TINTED = 0.5  # of a pixel's colour
 
 Extra = dict[str, Any]
 Sides = dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledCrop(Crop):
+    """A crop of a picture that was made smaller, and becomes as large as it was when it is put back.
+
+    Attributes:
+        size: Its own height and width in pixels.
+    """
+
+    size: tuple[int, int]
 
 
 def as_picture(image: Tensor) -> Tensor:
@@ -93,7 +110,7 @@ def put_back(image: Tensor, crop: Any, colour_match: float) -> Tensor:
 
     Args:
         image: IMAGE, as it was painted.
-        crop: What ``cut_out`` or ``lay_out`` gave.
+        crop: What ``cut_out`` or ``lay_out`` gave, or a reference's.
         colour_match: How far its colours are matched to the original's at the seam, 0..1.
 
     Raises:
@@ -102,7 +119,8 @@ def put_back(image: Tensor, crop: Any, colour_match: float) -> Tensor:
     """
     painted = as_picture(image)
     if isinstance(crop, Crop):
-        return stitch(crop, painted, say, colour_match=colour_match)
+        whole = stitch(crop, painted, say, colour_match=colour_match)
+        return resize(whole, *crop.size) if isinstance(crop, ScaledCrop) else whole
     if not isinstance(crop, Canvas):
         raise MismatchError(
             f"the crop is a {type(crop).__name__}; connect the crop output of FLUX Inpaint Crop, FLUX Outpaint or FLUX "
@@ -182,13 +200,16 @@ def add_hole(
 ) -> tuple[Conditioning, Conditioning, dict[str, Any]]:
     """Tell a Fill model which part of a picture to paint, under the host's keys.
 
+    Where it does not act the model is told of a picture that is hidden as a whole, as in its training. With nothing
+    under those keys it would see latents of zeros, which are no picture's.
+
     Args:
         positive: Any node's. A control picture that it carries moves to the control LoRA's place.
         negative: Likewise; None where there is none.
         vae: Any VAE of FLUX.1.
         image: IMAGE; sides that are no multiples of 8 are cut evenly, as the host does, and that is said.
         mask: MASK of any size.
-        strength: 0..2; how much of the prediction sees the picture, the rest sees none.
+        strength: 0..2; how much of the prediction sees the picture, the rest sees it hidden as a whole.
         start: From when, as a fraction of the run.
         end: Until when.
         rounding: How soft masks are taken, one of ``adapters.channels.ROUNDINGS``.
@@ -209,14 +230,32 @@ def add_hole(
         say("nothing of the mask is above one half, so that rounding hides nothing: choose soft, or paint it whiter")
     seen = picture * (1 - hidden[..., None]) + GREY * hidden[..., None]
     added = {IMAGE: encode(vae, seen), MASK: shown[:, None]}
+    hidden_whole = _hidden_whole(vae, seen) if (strength, start, end) != ALWAYS else {}
+    replaced = False
 
     def change(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
-        return text, {**extra, **added}
+        nonlocal replaced
+        replaced |= shows_part(extra)
+        return text, {**encoded_by(vae, extra), **added}
 
-    positive, negative = (None if entries is None else _with_room(entries) for entries in (positive, negative))
-    both = with_both(positive, negative, change, start=start, end=end, share=strength)
+    def without(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
+        return marked(text, extra if extra.get(MASK) is not None else {**encoded_by(vae, extra), **hidden_whole})
+
+    positive, negative = (None if entries is None else with_room(entries) for entries in (positive, negative))
+    both = with_both(positive, negative, change, start=start, end=end, share=strength, without=without)
+    if replaced:
+        say(
+            "the prompt carries a picture with a hole already, which this one replaces: take one FLUX Fill out, give "
+            "each its own time, or paint both places by one mask"
+        )
     latent = {"samples": encode(vae, picture), **({"noise_mask": shown[:, None]} if noise_mask else {})}
     return *both, latent
+
+
+def _hidden_whole(vae: Any, picture: Tensor) -> Extra:
+    """What a Fill model is told where nothing of a picture (B, H, W, 3) is to be seen."""
+    grey = torch.full_like(picture[:1], GREY)
+    return {IMAGE: encode(vae, grey), MASK: torch.ones_like(grey[..., 0])[:, None]}
 
 
 def _with_hole(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,15 +282,3 @@ def _keeps_a_box(hole: Tensor) -> bool:
     kept = hole < SET
     rows, columns = kept.any(2), kept.any(1)
     return bool(kept.any()) and bool((kept == (rows[:, :, None] & columns[:, None])).all())
-
-
-def _with_room(conditioning: Conditioning) -> Conditioning:
-    """Entries whose control picture, where a hole has its place, is the first control LoRA's, as behind a hole."""
-    return [[text, _moved(extra)] for text, extra in conditioning]
-
-
-def _moved(extra: Extra) -> Extra:
-    if extra.get(IMAGE) is None or extra.get(MASK) is not None:
-        return extra
-    rest = {key: value for key, value in extra.items() if key != IMAGE}
-    return {**rest, CONTROLS: {1: extra[IMAGE], **(extra.get(CONTROLS) or {})}}

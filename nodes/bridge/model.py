@@ -30,7 +30,7 @@ from .control_lora import further_channels
 from .experts import EXPERT, Expert, expert_of
 from .norms import host_state
 from .packed import PackedLinear, PackedPatcher, pack_layers, packed_state
-from .preflight import ENCODERS, check_together
+from .preflight import check_together, files_of
 from .references import VIEWS, ReferenceViews, as_bias, views_of
 from .transformer import WRAPPERS, HostFlux1, host_config, sample_with_table
 from .weights import HostLayers, Numbers, choose_numbers, open_weights
@@ -92,7 +92,7 @@ class FoundryFlux(comfy.model_base.Flux):
             patcher: What this model is sampled as, with its patches.
             entry: The entry's dict, and what the sampler adds.
         """
-        check_together(self.given, entry.get(ENCODERS) or ())
+        check_together(self.given, files_of(entry))
         check_widths(self.spec, entry.get("cross_attn"), entry.get("pooled_output"))
         check_channels(patcher, entry, masked=entry.get("denoise_mask") is not None)
         given = {"guidance": self.spec.guidance, **entry, PATCHER: patcher}

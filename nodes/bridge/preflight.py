@@ -14,10 +14,14 @@ from .files import describe_file
 from .paths import CHECKPOINTS, CLIPS, MODELS, STYLE_MODELS, T5S, VAES, VISION_TOWERS, find_file, list_files
 from .progress import show
 
-__all__ = ["ENCODERS", "MODEL", "check_together", "fit_report", "given_of", "show_loaded", "users_files"]
+__all__ = [
+    "ENCODERS", "MODEL", "check_together", "encoded_by", "files_of", "fit_report", "given_of", "show_loaded",
+    "users_files",
+]  # fmt: skip
 
 # Our keys in what passes between nodes: which files made it.
 ENCODERS = "fluxfoundry_encoders"  # in a CONDITIONING: the text encoders, a tuple of ``Given``
+AUTOENCODERS = "fluxfoundry_autoencoders"  # in a CONDITIONING: what encoded its pictures, a tuple of ``Given``
 MODEL = "fluxfoundry_model"  # in a LATENT: the diffusion model that drew it
 
 FOLDERS = {
@@ -53,6 +57,19 @@ def given_of(owner: Any) -> Given | None:
     """The file that one of our objects was loaded from; None for others'."""
     given = getattr(owner, "given", None)
     return given if isinstance(given, Given) else None
+
+
+def encoded_by(vae: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    """An entry's dict with a note of what encoded a picture in it; nothing is noted of others' VAEs."""
+    given, before = given_of(vae), extra.get(AUTOENCODERS) or ()
+    if given is None or any(own.path == given.path for own in before):
+        return extra
+    return {**extra, AUTOENCODERS: tuple(sorted((*before, given), key=lambda own: own.path))}
+
+
+def files_of(extra: dict[str, Any]) -> tuple[Given, ...]:
+    """Every file that an entry's text and pictures came through, as far as it is known."""
+    return (*(extra.get(ENCODERS) or ()), *(extra.get(AUTOENCODERS) or ()))
 
 
 def show_loaded(*files: Given) -> None:

@@ -20,11 +20,13 @@ from ...flux.adapters.attending import Span, attention_bias
 from ...flux.adapters.blending import fitted
 from ...flux.adapters.guides import check_strength
 from ...flux.editing.inpaint import Box, Crop
-from ...flux.errors import UserError
+from ...flux.errors import MismatchError, UserError
 from ...flux.models.positions import image_ids, reference_ids
 from ...flux.preprocess.references import FittedReference, fit_reference
 from ...flux.sampling.packing import PATCH, pack, pad_to_patch, token_grid
 from .entries import Conditioning, with_part
+from .filling import ScaledCrop, encode
+from .preflight import encoded_by
 from .progress import say
 
 __all__ = [
@@ -36,6 +38,7 @@ LATENTS, METHOD = "reference_latents", "reference_latents_method"  # the host's 
 VIEWS = "fluxfoundry_references"  # ours: a list of {"strength", "region"} or None, one for each of the host's list
 TIMESTEP_ZERO = "index_timestep_zero"
 PIXELS_OF_MEGAPIXEL = 1024 * 1024
+KEEPS_PLACE = "pad"  # the way to fit a reference by which no pixel moves
 
 Extra = dict[str, Any]
 View = tuple[float, Tensor | None]  # strength, and region (1, 1, h, w) of the image's latent cells
@@ -97,10 +100,25 @@ def _padded(size: tuple[int, int]) -> tuple[int, int]:
     return rows * PATCH, columns * PATCH
 
 
-def reference_tokens(latents: Sequence[Tensor], channels: int) -> list[Tensor]:
-    """Tokens (B, N, channels) of each reference (B, C, h, w), with zeros for channels that only the image has."""
+def reference_tokens(latents: Sequence[Tensor], width: int, channels: int) -> list[Tensor]:
+    """Tokens (B, N, width) of each reference (B, C, h, w), with zeros for channels that only the image has.
+
+    Args:
+        latents: Any node's.
+        width: Of the image's tokens, with what stands behind the noisy latent's channels.
+        channels: C, the latent's that the model draws.
+
+    Raises:
+        MismatchError: A reference is another family's.
+    """
+    for latent in latents:
+        if latent.ndim != 4 or latent.shape[1] != channels:
+            raise MismatchError(
+                f"the CONDITIONING carries a reference of shape {list(latent.shape)}, but the MODEL looks at latents "
+                f"of pictures with {channels} channels; encode the picture with the MODEL's own VAE"
+            )
     packed = [pack(pad_to_patch(latent)[0]) for latent in latents]
-    return [F.pad(tokens, (0, channels - tokens.shape[-1])) for tokens in packed]
+    return [F.pad(tokens, (0, width - tokens.shape[-1])) for tokens in packed]
 
 
 def positions(
@@ -151,7 +169,8 @@ def joint_bias(
 
     Args:
         mask: A CONDITIONING's attention mask (B, n, n), additive or boolean, n the tokens of text and image;
-            references are attended to freely.
+            references are attended to freely, and look at the text as its first token does, so that they do not carry
+            a style out of where it is let in.
         views: How the first references are looked at; further ones plainly.
         text: T.
         size: Height and width of the image in latent cells.
@@ -180,6 +199,7 @@ def joint_bias(
         )
     added = as_bias(mask)
     added = F.pad(added if added.ndim == 3 else added[None], (0, sum(counts), 0, sum(counts)))
+    added[:, length - sum(counts) :, :text] = added[:, :1, :text]
     return added if own is None else added + own.to(added)
 
 
@@ -222,28 +242,32 @@ def add_reference(
 
     Raises:
         UserError: The picture, the strength, the times or the region are none.
+        MismatchError: The VAE is another family's.
+        NumericError: The latents are not finite.
     """
     check_strength(strength)
     check_region(region)
     reference = fit_reference(image, fit, round(megapixels * PIXELS_OF_MEGAPIXEL), warn=say)
-    latents = vae.encode(reference.picture)
+    latents = encode(vae, reference.picture)
     view = None if strength == 1 and region is None else {"strength": strength, "region": region}
 
     def change(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
+        extra = encoded_by(vae, extra)
         before, views = list(extra.get(LATENTS) or ()), list(extra.get(VIEWS) or ())
         views += [None] * (len(before) - len(views))
         added = {LATENTS: [*before, latents], VIEWS: [*views[: len(before)], view]}
         return text, {**extra, **added, **({} if layout is None else {METHOD: layout})}
 
     out = with_part(conditioning, change, start=start, end=end) if strength > 0 else list(conditioning)
-    return out, {"samples": torch.zeros_like(latents)}, cutting(reference)
+    own = (int(image.shape[1]), int(image.shape[2]))
+    return out, {"samples": torch.zeros_like(latents)}, cutting(reference, own if fit == KEEPS_PLACE else None)
 
 
 def check_region(region: Tensor | None) -> None:
-    """Refuse a region that is none, and tell of an empty one.
+    """Refuse a region that is none.
 
     Raises:
-        UserError: It has several masks.
+        UserError: It has several masks, or is empty.
     """
     if region is None:
         return
@@ -251,16 +275,25 @@ def check_region(region: Tensor | None) -> None:
     if len(masks) != 1:
         raise UserError(f"the region has {len(masks)} masks; give one, for every picture of the batch alike")
     if not bool((masks > 0).any()):
-        say(
-            "the region is empty, so that the reference is seen nowhere; paint where it is to be seen, invert the "
-            "mask, or take it out"
+        raise UserError(
+            "the region's mask is black everywhere, so the reference would be seen nowhere; paint white where it is to "
+            "be seen, invert the mask, or leave it open for everywhere"
         )
 
 
-def cutting(reference: FittedReference) -> Crop:
-    """What FLUX Stitch takes, to cut off a painted picture what was added to the reference on the right and below."""
+def cutting(reference: FittedReference, own: tuple[int, int] | None) -> Crop:
+    """What FLUX Stitch takes, to cut off a painted picture what was added to the reference on the right and below.
+
+    Args:
+        reference: As it was encoded.
+        own: Height and width that the rest is scaled back to; None leaves it as large as the reference was encoded.
+    """
     size = reference.size
     content = reference.picture[:, : size.height, : size.width]
     whole = torch.ones(len(content), size.padded_height, size.padded_width)
     box = Box(0, 0, size.padded_height, size.padded_width)
-    return Crop(reference.picture, whole, content, whole[:, : size.height, : size.width], box)
+    parts = reference.picture, whole, content, whole[:, : size.height, : size.width], box
+    if own is None or own == (size.height, size.width):
+        return Crop(*parts)
+    say(f"FLUX Stitch scales the result back to the reference's own size, {own[1]}x{own[0]}")
+    return ScaledCrop(*parts, own)

@@ -143,7 +143,7 @@ class HostFlux1(Flux1):
         padded, size = pad_to_patch(x)
         tokens = pack(padded)
         own = tokens.shape[1]
-        references = reference_tokens(ref_latents or (), tokens.shape[-1])
+        references = reference_tokens(ref_latents or (), tokens.shape[-1], self.spec.latent_channels)
         counts = [part.shape[1] for part in references]
         if references:
             options["reference_image_num_tokens"] = counts

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import stat
+import struct
 
+import cv2
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 
 from flux.errors import FileError, MissingFileError, UserError
 from flux.images import (
     FORMATS,
     check_output,
+    origin_of,
     parameters_text,
     read_mask,
     read_picture,
@@ -201,3 +204,59 @@ def test_what_is_no_picture_is_named(tmp_path):
 def test_a_picture_of_another_program_has_no_settings(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
     assert read_settings(tmp_path / "a.png") == {}
+
+
+def profile_of(space):
+    """An ICC profile; of a space that Pillow makes none for, only its header says that it is for that."""
+    made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return made[:16] + space + made[20:]
+
+
+def write_shorts(path, channels):
+    """A PNG of 16 bits a channel, which OpenCV writes and Pillow does not."""
+    pixels = np.random.default_rng(0).integers(0, 65_536, (4, 5, channels), dtype=np.uint16)
+    assert cv2.imwrite(str(path), pixels)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_profile_that_is_given_is_in_the_file_and_without_one_there_is_none(tmp_path, suffix):
+    path, profile = tmp_path / f"a{suffix}", profile_of(b"RGB ")
+    save_picture(path, gradient(), SETTINGS, profile)
+    assert Image.open(path).info["icc_profile"] == profile == origin_of(path).profile
+    assert read_settings(path) == SETTINGS
+    save_picture(path, gradient(), SETTINGS)
+    assert "icc_profile" not in Image.open(path).info
+    assert origin_of(path).profile is None
+
+
+def test_a_profile_for_other_numbers_than_the_results_is_left_out_and_told_of(tmp_path):
+    path = tmp_path / "grey.png"
+    Image.new("L", (4, 4), 99).save(path, icc_profile=profile_of(b"GRAY"))
+    assert origin_of(path).profile is None
+    assert origin_of(path).losses == ["the colour profile of grey.png is left out, for it is not for RGB"]
+
+
+@pytest.mark.parametrize(("mode", "colour", "lost"), [
+    ("RGB", (1, 2, 3), False), ("L", 9, False), ("RGBA", (1, 2, 3, 255), False), ("RGBA", (1, 2, 3, 254), True),
+    ("LA", (9, 0), True), ("LA", (9, 255), False),
+])  # fmt: skip
+def test_transparency_is_told_of_where_there_is_some(tmp_path, mode, colour, lost):
+    path = tmp_path / "a.png"
+    Image.new(mode, (4, 4), colour).save(path)
+    told = ["a.png is transparent in places: it is laid on white, and the result is not"]
+    assert origin_of(path).losses == (told if lost else [])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bits_a_channel_are_told_of(tmp_path, channels):
+    write_shorts(tmp_path / "a.png", channels)
+    assert "a.png has more than 8 bits a channel, and the result has 8" in origin_of(tmp_path / "a.png").losses
+    assert origin_of(tmp_path / "a.png").transparent == (channels == 4)
+
+
+def test_16_bits_a_pixel_are_no_16_bits_a_channel(tmp_path):
+    """A BMP of 5, 6 and 5 bits."""
+    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 70, 0, 0, 66, 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    (tmp_path / "a.bmp").write_bytes(header + struct.pack("<IIIHH", 0xF800, 0x07E0, 0x001F, 0xF800, 0x001F))
+    assert read_picture(tmp_path / "a.bmp").tolist() == [[[1, 0, 0], [0, 0, 1]]]
+    assert origin_of(tmp_path / "a.bmp").losses == []

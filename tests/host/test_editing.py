@@ -154,17 +154,35 @@ def test_a_grown_picture_holds_the_original_to_the_bit(host: Host) -> None:
     assert (whole[:128, 21:] == loaded(host.base / "input" / "blocks.png")).all()
 
 
+def reference(**changes: object) -> dict:
+    settings = {"strength": 1.0, "start": 0.0, "end": 1.0, "layout": "auto", "fit": "pad", "max_megapixels": 1.0}
+    wires = {"conditioning": ["text", 0], "vae": ["load", 2], "image": ["noise", 0]}
+    return node("FluxFoundryReference", **{**wires, **settings, **changes})
+
+
 def test_a_reference_of_any_size_comes_back_at_its_own(host: Host) -> None:
-    reference = node("FluxFoundryReference", conditioning=["text", 0], vae=["load", 2], image=["noise", 0],
-                     strength=1.0, start=0.0, end=1.0, layout="auto", fit="pad", max_megapixels=1.0)  # fmt: skip
     prompt = with_pictures(
-        reference=reference,
+        reference=reference(),
         padded=node("ImagePadForOutpaint", image=["noise", 0], left=0, top=0, right=14, bottom=10, feathering=0),
         whole=node("FluxFoundryStitch", image=["padded", 0], crop=["reference", 2], colour_match=0.0),
         out=saved(["whole", 0]),
     )
     [whole] = pictures_of(host, host.succeed(prompt), "out")
     assert (whole == loaded(host.base / "input" / "noise.png")).all()
+
+
+def test_a_reference_that_was_scaled_down_gives_a_result_of_its_own_size(host: Host) -> None:
+    prompt = with_pictures(
+        reference=reference(max_megapixels=0.01),
+        sample=our_sampler(steps=1, positive=["reference", 0], latent=["reference", 1]),
+        painted=node("FluxFoundryDecode", vae=["load", 2], latent=["sample", 0]),
+        whole=node("FluxFoundryStitch", image=["painted", 0], crop=["reference", 2], colour_match=0.0),
+        out=saved(["whole", 0]),
+        out_small=saved(["painted", 0]),
+    )
+    whole, small = pictures_of(host, host.succeed(prompt), "out", "out_small")
+    assert small.shape[0] * small.shape[1] < 2 * 0.01 * 1024 * 1024
+    assert whole.shape == (HEIGHT, WIDTH, 3)
 
 
 # Fill beside the core's InpaintModelConditioning.
@@ -209,15 +227,17 @@ def test_the_roundings_of_a_soft_mask_are_three(host: Host) -> None:
 
 
 def test_fill_in_part_is_the_mean_of_with_and_without(host: Host) -> None:
-    """In one step, which is linear in the prediction; and for a time, the rest as without."""
+    """In one step, which is linear in the prediction; and for a time. Without is a picture that is all hidden."""
     prompt = with_pictures(
+        white=node("SolidMask", value=1.0, width=128, height=128),
+        nothing=fill(["blocks", 0], ["white", 0]),
         whole=fill(["blocks", 0], ["soft", 0]),
         part=fill(["blocks", 0], ["soft", 0], strength=0.3),
         more=fill(["blocks", 0], ["soft", 0], strength=1.5),
         off=fill(["blocks", 0], ["soft", 0], strength=0.0),
         late=fill(["blocks", 0], ["soft", 0], start=0.5),
         **{f"{name}!": filled(name, steps=1) for name in ("whole", "part", "more", "off", "late")},
-        without=our_sampler("fill model", steps=1),
+        without=filled("nothing", steps=1),
         blended=node("LatentBlend", samples1=["whole!", 0], samples2=["without", 0], blend_factor=0.3),
         again=node("LatentBlend", samples1=["more!", 0], samples2=["without", 0], blend_factor=2 / 3),
     )
@@ -299,6 +319,45 @@ def test_a_hole_and_a_control_lora_act_together_in_any_order(host: Host) -> None
     )
     assert apart(host, prompt, "a", "b") == 0
     assert apart(host, prompt, "a", "alone") > 1e-2
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_hole_and_a_control_act_together_in_any_order_in_part_and_for_a_time(host: Host, strength: float) -> None:
+    """Where there is no hole the control is still in its own place, and never a picture to paint in."""
+    name = control_lora(host.base / "models" / "loras" / "edges.safetensors")
+    hole = {"strength": strength, "end": 0.6}
+    prompt = with_pictures(
+        model=node("FluxFoundryLoadModel", model="fill.safetensors", dtype="auto"),
+        lora=node("FluxFoundryLoadControlLora", model=["model", 0], lora=name, strength=1.0),
+        white=node("SolidMask", value=1.0, width=128, height=128),
+        nothing=fill(["blocks", 0], ["white", 0]),
+        followed=control(positive="nothing", kind="canny"),
+        hole=fill(["blocks", 0], ["soft", 0], **hole),
+        edges=control(kind="canny", start=0.3),
+        both=control(positive="hole", kind="canny", start=0.3),
+        reversed=fill(["blocks", 0], ["soft", 0], positive="edges", **hole),
+        off=fill(["blocks", 0], ["soft", 0], strength=0.0),
+        controlled=control(positive="off", kind="canny"),
+        **{
+            f"{name}!": our_sampler("lora", steps=4, positive=[name, 0])
+            for name in ("both", "reversed", "hole", "controlled", "followed")
+        },
+    )
+    assert apart(host, prompt, "both!", "reversed!") < RELATIVE
+    assert apart(host, prompt, "controlled!", "followed!") == 0
+    assert apart(host, prompt, "both!", "hole!") > 1e-2
+
+
+def test_a_latent_goes_through_a_chain_of_fill_and_control_with_its_noise_mask(host: Host) -> None:
+    prompt = with_pictures(
+        hole=fill(["blocks", 0], ["soft", 0], noise_mask=True),
+        both=control(positive="hole", negative=["hole", 1], latent=["hole", 2]),
+        a=our_sampler("fill model", steps=2, positive=["hole", 0], latent=["both", 2]),
+        b=our_sampler("fill model", steps=2, positive=["hole", 0], latent=["hole", 2]),
+        bare=our_sampler("fill model", steps=2, positive=["hole", 0]),
+    )
+    assert apart(host, prompt, "a", "b") == 0
+    assert apart(host, prompt, "a", "bare") > 1e-2
 
 
 # Depth.

@@ -301,6 +301,27 @@ def test_two_models_predict_together_by_their_balance(host: Host, sampler: objec
     assert_differ(host, prompt, "canny alone", "plain canny")
 
 
+@pytest.mark.parametrize("sampler", [our_sampler, core_sampler])
+def test_a_second_model_whose_control_is_over_or_elsewhere_leaves_the_first_alone(host: Host, sampler: object) -> None:
+    settings = {"kind": "image", "low": 50.0, "high": 200.0, "automatic": False, "fit": "stretch", "slot": 1,
+                "strength": 1.0, "start": 0.0, "end": 1.0}  # fmt: skip
+    wires = {"positive": ["other", 0], "vae": ["load", 2], "image": ["picture", 0], "latent": ["empty", 0]}
+    prompt = {
+        **with_models(host, fill=FILL_MINI, canny=CANNY_MINI), **GUIDES,
+        "control late": node("FluxFoundryControl", **{**wires, **settings, "start": 0.5}),
+        "control part": node("FluxFoundryControl", **{**wires, **settings, "strength": 0.5}),
+        "control whole": node("FluxFoundryControl", **{**wires, **settings}),
+        "with late": combine("fill", ["hole", 0], "canny", ["control late", 0], 0.5),
+        "with part": combine("fill", ["hole", 0], "canny", ["control part", 0], 0.5),
+        "with whole": combine("fill", ["hole", 0], "canny", ["control whole", 0], 1 / 3),
+        "a": sampled("with late", ["with late", 1], sampler), "b": sampled("fill", ["hole", 0], sampler),
+        "c": sampled("with part", ["with part", 1], sampler), "d": sampled("with whole", ["with whole", 1], sampler),
+    }  # fmt: skip
+    assert_same(host, prompt, "a", "b")
+    assert_same(host, prompt, "c", "d")
+    assert_differ(host, prompt, "c", "b")
+
+
 def test_models_of_one_file_with_different_loras_are_combined_too(host: Host) -> None:
     prompt = {
         **with_models(host, draw=MINI), **OTHER_TEXT,
@@ -645,6 +666,7 @@ def test_a_reference_above_its_budget_is_scaled_and_that_is_said(host: Host) -> 
     [
         ({"start": 0.5, "end": 0.5}, "it starts at 0.5 and ends at 0.5; give fractions of the run"),
         ({"region": ["two", 0]}, "the region has 2 masks; give one"),
+        ({"region": ["black", 0]}, "the region's mask is black everywhere"),
     ],
 )
 def test_references_that_make_no_sense_are_refused(host: Host, settings: dict, words: str) -> None:
@@ -652,8 +674,24 @@ def test_references_that_make_no_sense_are_refused(host: Host, settings: dict, w
     prompt["masks"] = node("ImageToMask", image=["pictures", 0], channel="red")
     prompt["pictures"] = node("EmptyImage", width=32, height=32, batch_size=2, color=255)
     prompt["two"] = node("ImageToMask", image=["pictures", 0], channel="blue")
+    prompt["black"] = node("SolidMask", value=0.0, width=32, height=32)
     prompt["wrong"] = reference(["text", 0], **settings)
     assert words in failure(host, {**prompt, "sample": our_sampler("edit", positive=["wrong", 0])})
+
+
+@pytest.mark.parametrize("channels", [4, 32])
+def test_a_reference_of_another_family_is_refused_also_from_the_cores_node(host: Host, channels: int) -> None:
+    prompt = {
+        **kontext(host),
+        "foreign": node("ProbeForeignLatent", channels=channels, value=0.5),
+        "wrong": node("ReferenceLatent", conditioning=["text", 0], latent=["foreign", 0]),
+    }
+    for sampler in (our_sampler, core_sampler):
+        message = failure(host, {**prompt, "sample": sampler("edit", positive=["wrong", 0])})
+        assert (
+            f"a reference of shape [1, {channels}, 16, 16], but the MODEL looks at latents of pictures with 16"
+            in message
+        )
 
 
 def test_a_method_that_modulates_references_apart_is_refused_by_name(host: Host) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ NAME = "fluxfoundry_pack"
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))  # fake_host.py is a helper of these tests alone
 
-from fake_host import modules  # noqa: E402
+from fake_host import internals, modules  # noqa: E402
 
 
 def load_pack() -> ModuleType:
@@ -51,3 +52,37 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 def part(pack: ModuleType):
     """Imports a module of the pack by its dotted name."""
     return lambda name: importlib.import_module(f"{NAME}.{name}")
+
+
+@pytest.fixture(scope="module")
+def load(pack: ModuleType, part: Callable[[str], ModuleType]) -> Iterator[Callable[[str], ModuleType]]:
+    """``part``, with the host's internals faked; what was imported with them is forgotten in the end."""
+    fakes = internals()
+    before = set(sys.modules)
+    replaced = {name: sys.modules.get(name) for name in fakes}
+    sys.modules.update(fakes)
+    yield part
+    for name in set(sys.modules) - before - set(fakes):
+        if ".nodes." in name:
+            del sys.modules[name]
+    for name, module in replaced.items():
+        if module is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = module
+
+
+@pytest.fixture
+def run(load: Callable[[str], ModuleType]) -> Callable[..., tuple]:
+    """Executes a node of a family by its class's name; gives its outputs."""
+
+    def execute(family: str, node: str, **inputs: object) -> tuple:
+        return getattr(load(f"nodes.{family}"), node).execute(**inputs).result
+
+    return execute
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    caplog.set_level(logging.WARNING)
+    return lambda: caplog.text

@@ -1,4 +1,4 @@
-"""As much of ComfyUI as a schema needs: ``comfy_api.latest`` and a ``folder_paths`` with a few files.
+"""As much of ComfyUI as a schema needs, ``comfy_api.latest`` and ``folder_paths`` with a few files, and its internals.
 
 ``FILES`` are listed without being there; what lies on the disk below the folder of a key is found as well.
 """
@@ -11,7 +11,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-__all__ = ["FILES", "modules"]
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["FILES", "Vae", "internals", "modules"]
+
+CELL = 8  # pixels along a latent cell's side
 
 FILES = {
     "diffusion_models": ["flux1-dev.safetensors", "sub/flux1-schnell.sft", "old.ckpt"],
@@ -115,3 +121,37 @@ def modules(folder: Path) -> dict[str, ModuleType]:
         add_model_folder_path=lambda key, path, is_default=False: None,
     )
     return {"comfy_api": api, "comfy_api.latest": latest, "folder_paths": paths}
+
+
+def internals() -> dict[str, ModuleType]:
+    """As much of the host's internals as the bridge's modules of these nodes ask for when they are imported."""
+    names = ("comfy", "comfy.cli_args", "comfy.conds", "comfy.lora", "comfy.model_management", "comfy.model_patcher",
+             "comfy.ops", "comfy.patcher_extension", "comfy.sample", "comfy.utils", "comfy_execution",
+             "comfy_execution.utils", "latent_preview", "server")  # fmt: skip
+    made = {name: ModuleType(name) for name in names}
+    for name, module in made.items():
+        parent, _, own = name.rpartition(".")
+        if parent:
+            setattr(made[parent], own, module)
+    made["comfy_execution.utils"].get_executing_context = lambda: None
+    made["server"].PromptServer = SimpleNamespace(instance=None)
+    management = made["comfy.model_management"]
+    management.throw_exception_if_processing_interrupted = lambda: None
+    management.get_torch_device = management.unet_offload_device = lambda: torch.device("cpu")
+    management.load_models_gpu = lambda patchers, **_: None
+    management.intermediate_device, management.intermediate_dtype = lambda: torch.device("cpu"), lambda: torch.float32
+    made["comfy.model_patcher"].ModelPatcher = lambda module, **_: module
+    made["comfy.utils"].ProgressBar = lambda total: SimpleNamespace(update=lambda count: None)
+    made["comfy.conds"].CONDConstant = type("CONDConstant", (), {})
+    return made
+
+
+class Vae:
+    """Latents that are means of cells, in channels that repeat."""
+
+    def __init__(self, channels: int = 16) -> None:
+        self.channels = channels
+
+    def encode(self, picture: Tensor) -> Tensor:
+        means = F.avg_pool2d(picture.movedim(-1, 1), CELL)
+        return means.repeat(1, -(-self.channels // 3), 1, 1)[:, : self.channels]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
-import fake_host
 import pytest
 import torch
+from fake_host import Vae
 from torch import Tensor
-from torch.nn import functional as F
 
-CELL = 8
 SMALL = {"side": 64, "context": 1.5, "min_context": 8, "grow": 0, "blur": 0.0, "fill_holes": False, "invert": False,
          "multiple": 16}  # fmt: skip
 SIDES = {"left": 0, "right": 0, "top": 0, "bottom": 0}
@@ -23,85 +19,6 @@ FILL = {"strength": 1.0, "start": 0.0, "end": 1.0, "rounding": "soft", "noise_ma
 CONTROL = {"kind": "image", "low": 50.0, "high": 200.0, "automatic": False, "fit": "stretch", "strength": 1.0,
            "start": 0.0, "end": 1.0, "slot": 1}  # fmt: skip
 IMAGE, MASK, CONTROLS = "concat_latent_image", "concat_mask", "fluxfoundry_controls"
-
-
-def fakes(models: Path) -> dict[str, ModuleType]:
-    """As much of the host's internals as the bridge's modules of these nodes ask for when they are imported."""
-    names = ("comfy", "comfy.cli_args", "comfy.lora", "comfy.model_management", "comfy.model_patcher", "comfy.ops",
-             "comfy.patcher_extension", "comfy.sample", "comfy.utils", "comfy_execution", "comfy_execution.utils",
-             "latent_preview", "server")  # fmt: skip
-    made = {name: ModuleType(name) for name in names}
-    for name, module in made.items():
-        parent, _, own = name.rpartition(".")
-        if parent:
-            setattr(made[parent], own, module)
-    made["comfy_execution.utils"].get_executing_context = lambda: None
-    made["server"].PromptServer = SimpleNamespace(instance=None)
-    management = made["comfy.model_management"]
-    management.throw_exception_if_processing_interrupted = lambda: None
-    management.get_torch_device = management.unet_offload_device = lambda: torch.device("cpu")
-    management.load_models_gpu = lambda patchers, **_: None
-    management.intermediate_device, management.intermediate_dtype = lambda: torch.device("cpu"), lambda: torch.float32
-    made["comfy.model_patcher"].ModelPatcher = lambda module, **_: module
-    made["comfy.utils"].ProgressBar = lambda total: SimpleNamespace(update=lambda count: None)
-    folders = sys.modules["folder_paths"]
-    folders.models_dir = getattr(folders, "models_dir", str(models))
-    folders.add_model_folder_path = getattr(folders, "add_model_folder_path", lambda *_: None)
-    return made
-
-
-@pytest.fixture(scope="module")
-def load(
-    pack: ModuleType, part: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], ModuleType]]:
-    """``part``, with the host's internals faked; what was imported with them is forgotten in the end."""
-    latest = sys.modules["comfy_api.latest"]
-    for kind in ("Boolean", "Conditioning", "Image", "Latent", "Mask", "Vae"):
-        if not hasattr(latest.io, kind):
-            setattr(latest.io, kind, fake_host._type(kind))
-    fake_host.OPTIONS.setdefault("Boolean", {"default"})
-    latest.io.Custom = getattr(latest.io, "Custom", fake_host._type)
-    latest.ui.PreviewImage = getattr(latest.ui, "PreviewImage", lambda image, cls=None: {"images": image})
-    internals = fakes(tmp_path_factory.mktemp("internals"))
-    before = set(sys.modules)
-    replaced = {name: sys.modules.get(name) for name in internals}
-    sys.modules.update(internals)
-    yield part
-    for name in set(sys.modules) - before - set(internals):
-        if ".nodes." in name:
-            del sys.modules[name]
-    for name, module in replaced.items():
-        if module is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = module
-
-
-@pytest.fixture
-def run(load: Callable[[str], ModuleType]) -> Callable[..., tuple]:
-    """Executes a node of a family by its class's name; gives its outputs."""
-
-    def execute(family: str, node: str, **inputs: object) -> tuple:
-        return getattr(load(f"nodes.{family}"), node).execute(**inputs).result
-
-    return execute
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    caplog.set_level(logging.WARNING)
-    return lambda: caplog.text
-
-
-class Vae:
-    """Latents that are means of cells, in channels that repeat."""
-
-    def __init__(self, channels: int = 16) -> None:
-        self.channels = channels
-
-    def encode(self, picture: Tensor) -> Tensor:
-        means = F.avg_pool2d(picture.movedim(-1, 1), CELL)
-        return means.repeat(1, -(-self.channels // 3), 1, 1)[:, : self.channels]
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -261,9 +178,10 @@ def test_a_hole_that_acts_in_part_and_for_a_time_is_entries_beside_those_without
         "filling", "Fill", positive=before, negative=other, vae=Vae(), image=numbers(1, 32, 32, 3), mask=disc(32, 32),
         **settings,
     )  # fmt: skip
+    empty = Vae().encode(torch.full((1, 32, 32, 3), 0.5))
     for conditioning in (positive, negative):
-        assert [IMAGE in extra for _, extra in conditioning] == [False, True, False]
-        assert [MASK in extra for _, extra in conditioning] == [False, True, False]
+        assert [torch.equal(extra[IMAGE], empty) for _, extra in conditioning] == [True, False, True]
+        assert [bool((extra[MASK] == 1).all()) for _, extra in conditioning] == [True, False, True]
         assert weights(conditioning) == [1.0, 0.25, 0.75]
     assert negative[1][1]["end_percent"] == 0.9
     assert latent["noise_mask"].shape == (1, 1, 32, 32)
@@ -360,20 +278,21 @@ def test_without_a_part_of_a_hole_its_control_still_acts(run: Callable) -> None:
         "filling", "Fill", positive=control, vae=Vae(), image=numbers(1, 32, 32, 3), mask=disc(32, 32),
         **{**FILL, "strength": 0.5},
     )  # fmt: skip
-    assert [(IMAGE in extra, set(extra[CONTROLS])) for _, extra in made] == [(True, {1}), (False, {1})]
+    assert [(bool((extra[MASK] == 1).all()), set(extra[CONTROLS])) for _, extra in made] == [(False, {1}), (True, {1})]
 
 
-def test_a_latent_gives_the_size_and_the_number(run: Callable, said: Callable[[], str]) -> None:
-    for samples, ratio in (
-        (torch.zeros(3, 16, 8, 4), {}),
+def test_a_latent_gives_the_size_and_goes_through_as_it_is(run: Callable, said: Callable[[], str]) -> None:
+    for samples, more in (
+        (numbers(3, 16, 8, 4), {"noise_mask": numbers(3, 1, 64, 32), "batch_index": [4, 5, 6]}),
         (torch.zeros(3, 128, 4, 2), {"downscale_ratio_spacial": 16}),
     ):
+        given = {"samples": samples, **more}
         _, _, latent, seen = run(
-            "control", "Control", positive=prompt(), vae=Vae(), image=numbers(1, 32, 48, 3),
-            latent={"samples": samples, **ratio}, **CONTROL,
-        )  # fmt: skip
+            "control", "Control", positive=prompt(), vae=Vae(), image=numbers(1, 32, 48, 3), latent=given, **CONTROL
+        )
         assert seen.shape == (1, 64, 32, 3)
-        assert latent["samples"].shape == (3, 16, 8, 4)
+        assert set(latent) == set(given)
+        assert all(latent[key] is value for key, value in given.items())
     assert "has another aspect than the output (32x64): it is stretched" in said()
 
 

@@ -141,6 +141,15 @@ def test_a_region_is_neither_everywhere_nor_nowhere(seen, picture, mask):
     assert not np.array_equal(left, none)
 
 
+def test_a_region_that_is_black_everywhere_is_refused(guide, picture, mask, tmp_path):
+    path, _ = picture(32, 32)
+    black = mask(32, 32, (0, 0, 0, 0))
+    said = guide("canny", "control", path, "x", "--type", "canny", "--region", black, "--out", tmp_path / "a.png")
+    assert said.code != 0
+    assert said.out == []
+    assert "error: the region is black everywhere" in said.err[-1]
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "says"),
     [
@@ -183,3 +192,45 @@ def test_a_lora_goes_onto_a_text_model_and_is_in_the_record(guide, picture, tmp_
     assert [file.name for file in opened] == ["lora.safetensors", "flux1-depth-mini-lora.safetensors"]
     said = guide("text", "control", path, "x", "--type", "image", "--lora", "mini", "--out", tmp_path / "a.png")
     assert "the embedded control LoRAs follow canny and depth; give --lora a file" in said.err[-1]
+
+
+@pytest.fixture
+def warnings(guide, tmp_path):
+    """What ``control`` notes of a picture with these levels (H, W) or (H, W, 3)."""
+
+    def call(kind, levels, *words):
+        path = tmp_path / "given.png"
+        Image.fromarray(levels).save(path)
+        said = guide(kind, "control", path, "x", "--type", kind, *words, "--out", tmp_path / "a.png", steps=1)
+        assert said.code == 0, said.err
+        return [line for line in said.err if line.startswith("note: ") and "given.png" in line]
+
+    return call
+
+
+def levels(*shape):
+    return np.random.default_rng(3).integers(1, 255, shape, dtype=np.uint8)
+
+
+def test_a_photo_in_place_of_depth_is_told_of_unless_it_is_said_to_be_depth(warnings):
+    (line,) = warnings("depth", levels(32, 32, 3))
+    assert "given.png has colours, so that it is no depth picture: give --depth-model" in line
+    assert warnings("depth", levels(32, 32, 3), "--ready") == warnings("depth", levels(32, 32)) == []
+
+
+def test_edges_in_place_of_a_photo_are_told_of_unless_they_are_said_to_be_edges(warnings):
+    edges = np.where(levels(32, 32) > 200, 255, 0).astype(np.uint8)
+    (line,) = warnings("canny", edges)
+    assert "given.png is black and white, as edges are: if it is edges already, say so with --ready" in line
+    assert warnings("canny", edges, "--ready") == warnings("canny", levels(32, 32, 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [((), "lower the thresholds with --low and --high, or let --auto choose them"),
+     (("--auto",), "give --low and --high, or another picture"), (("--ready",), "leave --ready out, which finds them")],
+)  # fmt: skip
+def test_a_picture_without_edges_is_told_of_once(warnings, words, advice):
+    (line,) = warnings("canny", np.zeros((32, 32), np.uint8), *words)
+    assert "there are no edges in given.png" in line
+    assert line.endswith(advice)

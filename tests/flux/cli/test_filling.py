@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from flux.images import read_settings
 
@@ -174,3 +174,21 @@ def test_an_empty_mask_and_pictures_that_are_not_there(guide, picture, mask, tmp
         said = guide("fill", "fill", *words, "x", "--out", tmp_path / "a.png")
         assert (said.code, said.out) == (2, [])
         assert says in said.err[-1]
+
+
+@pytest.mark.parametrize("command", ["fill", "outpaint"])
+def test_the_profile_stays_and_what_is_lost_of_a_picture_is_told(guide, mask, tmp_path, command):
+    path, out = tmp_path / "photo.png", tmp_path / "a.png"
+    levels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(levels).save(path, icc_profile=profile)
+    words = (mask(32, 32, (0, 0, 16, 32)), "x") if command == "fill" else ("x", "--right", "16")
+    said = guide("fill", command, path, *words, "--out", out)
+    assert said.code == 0, said.err
+    assert Image.open(out).info["icc_profile"] == profile
+    assert [line for line in said.err if "photo.png" in line] == [
+        "note: photo.png is transparent in places: it is laid on white, and the result is not"
+    ]
+    on_white = Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), Image.fromarray(levels))
+    kept = slice(16, 32) if command == "fill" else slice(0, 32)
+    assert np.array_equal(pixels(out)[:, kept], np.asarray(on_white)[:, kept, :3])

@@ -367,6 +367,14 @@ def test_a_picture_of_whole_numbers_is_refused():
         crop_for_inpaint(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.ones(1, 8, 8))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_picture_with_numbers_that_are_not_finite_is_refused(value):
+    image = torch.rand(1, 50, 60, 3)
+    image[0, 49, 59, 2] = value  # far from the mask
+    with pytest.raises(UserError, match="numbers in the picture are not finite .*; give finite ones"):
+        crop_for_inpaint(image, torch.nn.functional.pad(torch.ones(1, 4, 4), (0, 56, 0, 46)), SMALL)
+
+
 def test_numbers_of_pictures_and_masks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="3 pictures and 2 masks"):
         crop_for_inpaint(torch.rand(3, 20, 20, 3), torch.ones(2, 20, 20))

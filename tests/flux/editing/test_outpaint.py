@@ -214,6 +214,7 @@ def test_five_growths_in_a_row_keep_the_first_picture():
         (lambda: extend(torch.rand(1, 64, 64, 3), plan_outpaint(64, 64, left=16), feather=-1), "give 0 to 32"),
         (lambda: extend(torch.rand(1, 64, 64, 3), plan_outpaint(64, 64, left=16), fill="red"), "one of grey, edge"),
         (lambda: extend(torch.rand(64, 64, 3), plan_outpaint(64, 64, left=16)), "is no picture"),
+        (lambda: extend(torch.full((1, 64, 64, 3), math.nan), plan_outpaint(64, 64, left=16)), "not finite .*; give"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_what_to_do(call, match):

@@ -23,9 +23,16 @@ from flux.pipelines.denoising import Guidance, Hooks, denoise, prepared
 from flux.pipelines.guided import ControlInput, FillInput, ReferenceInput, check_inputs
 from flux.pipelines.parts import open_transformer
 from flux.pipelines.prompts import EncodedPrompt
-from flux.pipelines.text_to_image import FluxModel, Request, generate
+from flux.pipelines.text_to_image import FluxModel, Request, generate, plan_sigmas
 from flux.sampling.noise import draw_noise
-from flux.sampling.schedules import flux_schedule, fraction_done
+from flux.sampling.schedules import (
+    SCHEDULES,
+    beta_schedule,
+    flux_schedule,
+    fraction_done,
+    linear_schedule,
+    make_schedule,
+)
 from flux.sampling.solvers import SOLVERS
 from flux.specs.flux1 import FLUX1
 from tests.oracles import relative_error, rows
@@ -118,8 +125,8 @@ PREDICTED = ("fill", "control")  # kinds that are blended of predictions, rather
 
 
 @contextmanager
-def field(parts, guides, *, task="fill", sigmas=SIGMAS, mu=MU, layout="offset", **settings):
-    guided = Guidance(guides=guides, models={"canny": parts["canny"]}, layout=layout, mu=mu)
+def field(parts, guides, *, task="fill", sigmas=SIGMAS, layout="offset", **settings):
+    guided = Guidance(guides=guides, models={"canny": parts["canny"]}, layout=layout)
     ready = prepared(parts[task], PROMPT, sigmas, guidance=GUIDANCE, guided=guided, **settings)
     with torch.inference_mode(), ready as velocity:
         yield velocity
@@ -131,7 +138,7 @@ def velocity(parts, guides, *, sigma=SIGMAS[1], x=None, **settings):
 
 
 def walked(parts, guides, *, task="fill", x=None, **settings):
-    guided = Guidance(guides=guides, models={"canny": parts["canny"]}, mu=MU)
+    guided = Guidance(guides=guides, models={"canny": parts["canny"]})
     return denoise(
         parts[task], PROMPT, noise() if x is None else x, SIGMAS, guidance=GUIDANCE, guided=guided, **settings
     )
@@ -312,14 +319,17 @@ def test_a_strength_above_1_and_below_it_differ_from_1(parts, kind):
 # Time.
 
 
-@pytest.mark.parametrize("mu", [None, MU, 1.8278])
+@pytest.mark.parametrize("sigmas", [
+    flux_schedule(STEPS, MU), flux_schedule(STEPS, 1.8278), linear_schedule(STEPS), beta_schedule(STEPS, 1.15),
+    [1.0, 0.999, 0.998, 0.2, 0.0], [0.4, 0.3, 0.1, 0.05, 0.01],
+])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_guide_acts_in_its_time_only(parts, kind, mu):
-    """In the first half of four steps: at the first two, to the bit."""
-    sigmas, x = flux_schedule(STEPS, mu), noise()
+def test_a_guide_acts_in_its_time_only(parts, kind, sigmas):
+    """In the first half of four steps: at the first two, to the bit, however far each step goes."""
+    x = noise()
 
     def at_every_step(guides):
-        with field(parts, guides, sigmas=sigmas, mu=mu) as flow:
+        with field(parts, guides, sigmas=sigmas) as flow:
             return [flow(x, sigma) for sigma in sigmas[:-1]]
 
     always, never = at_every_step([KINDS[kind]()]), at_every_step([])
@@ -330,23 +340,38 @@ def test_a_guide_acts_in_its_time_only(parts, kind, mu):
 
 
 @pytest.mark.parametrize("as_told", [float, lambda sigma: float(np.float32(sigma))], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("mu", [None, 0.0, MU, 1.15, 1.8278, 3.23])
-def test_fractions_of_any_number_of_steps_fall_between_steps(mu, as_told):
-    """A guide until step k of n, or from then on, acts at k steps, or at the others."""
+@pytest.mark.parametrize("mu", [None, 0.0, MU, 1.15, 1.8278])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_fractions_of_any_number_of_steps_fall_between_steps(schedule, mu, as_told):
+    """A guide until step k of n, or from then on, acts at k steps, or at the others, whatever the schedule."""
     wrong = []
     for steps in (2, 3, 5, 10, 28, 50):
-        sigmas = [as_told(sigma) for sigma in flux_schedule(steps, mu)]
+        sigmas = make_schedule(schedule, steps, mu)
         for step in range(1, steps):
             for guide, expected in ((control(end=step / steps), step), (control(start=step / steps), steps - step)):
-                found = evaluations(guide, sigmas, mu)
+                found = evaluations(guide, sigmas, as_told)
                 wrong += [(steps, step, found)] if found != expected else []
     assert not wrong
 
 
-def evaluations(guide, sigmas, mu):
-    """At how many of a schedule's times a guide acts."""
+def evaluations(guide, sigmas, as_told=float):
+    """At how many of a schedule's times, as a host tells them, a guide acts."""
     own = [prediction for prediction in predictions_of([guide]) if guide in prediction.guides]
-    return sum(any(p.covers(fraction_done(sigma, mu)) for p in own) for sigma in sigmas[:-1])
+    return sum(any(p.covers(fraction_done(as_told(sigma), sigmas)) for p in own) for sigma in sigmas[:-1])
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"schedule": "linear"}, {"schedule": "beta"}, {"schedule": "simple"}, {"width": 1024, "height": 1024},
+    {"mu": 3.0}, {"denoise": 0.3}, {"schedule": "linear", "denoise": 0.6},
+    {"sigmas": [1 - (step / 20) ** 3 for step in range(21)]},
+])  # fmt: skip
+def test_half_of_a_run_is_half_of_its_steps_whatever_made_them(how):
+    request = Request(prompt="", **{"steps": 20, **how})
+    for tokens in (64, 4096):
+        sigmas = plan_sigmas(FLUX1["flux1-dev"], request, tokens)
+        assert len(sigmas) == 21
+        assert evaluations(style(end=0.5), sigmas) == evaluations(style(start=0.5), sigmas) == 10
+        assert evaluations(style(start=0.25, end=0.3), sigmas) == 1
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -405,7 +430,7 @@ def test_styles_are_in_the_positive_pass_only_and_all_else_in_both(parts):
     common, scale = [fill(strength=0.8), lora(), reference(strength=0.7)], 2.5
 
     def from_prompt(prompt, guides):
-        guided = Guidance(guides=guides, mu=MU)
+        guided = Guidance(guides=guides)
         with torch.inference_mode(), prepared(parts["fill"], prompt, SIGMAS, guidance=GUIDANCE, guided=guided) as flow:
             return flow(noise(), SIGMAS[1])
 
@@ -513,7 +538,7 @@ def hole(height=SIDE, width=SIDE, batch=1):
 
 
 def to_fill(seed=0, height=SIDE, width=SIDE, **how):
-    return FillInput(picture=picture(seed, height, width), mask=hole(height, width), **how)
+    return FillInput(**({"picture": picture(seed, height, width), "mask": hole(height, width)} | how))
 
 
 def asked(*inputs, **settings):
@@ -637,7 +662,6 @@ def test_settings_of_a_run_without_inputs_are_as_they_were(models):
 
 
 def test_explicit_sigmas_need_no_shift_however_large_the_picture_is(models):
-    """Only times of guides are counted by it."""
     with pytest.raises(Cancelled):
         generate(
             models["draw"], Request(prompt="", width=8192, height=8192, sigmas=[1.0, 0.0]),
@@ -661,6 +685,15 @@ def controls(**how):
     return ControlInput(picture=picture(), **how)
 
 
+def encoded(channels, batch=1, scale=1.0, **how):
+    return Channels(latents=scale * rows(batch, channels, 4, 4, seed=1), **how)
+
+
+def encoded_style(shape=(1, 3, 192), scale=1.0, **how):
+    return StyleTokens(tokens=scale * rows(*shape, seed=1), **how)
+
+
+NAN = float("nan")
 SMALL_LORA = make_lora(1)
 STYLE = StyleTokens(tokens=torch.zeros(1, 3, 64))
 WRONG = [
@@ -673,6 +706,7 @@ WRONG = [
     ("flux1-canny-dev", [reference_to()], "follows the edges of a picture: give it one"),
     ("flux1-depth-dev", [reference_to()], "follows the depth of a picture: give it one"),
     ("flux1-mini", [STYLE], "have width 64, but Foundry Mini takes 192; use the Redux adapter of its family"),
+    ("flux1-dev", [encoded(80)], "takes no channels beside the picture's; choose a Fill, Canny or Depth model"),
     ("flux1-mini", [controls(lora=SMALL_LORA)], "lora 1 is for a FLUX.1 model of width 128"),
 ]
 MISTAKEN = [
@@ -703,6 +737,49 @@ MISTAKEN = [
     ("flux1-kontext-dev", [reference_to(region=hole(batch=2))], "the region has shape (2, 1, 32, 32); give"),
     ("flux1-fill-dev", [to_fill(rounding="up")], "no rounding 'up'; choose one of: soft, hidden, binary"),
     ("flux1-fill-dev", [to_fill(posterior="mode")], "no posterior 'mode'; choose one of: mean, sample"),
+    ("flux1-fill-dev", [to_fill(mask=hole() * 0)], "the mask is empty, so there is nothing to repaint; paint white"),
+    ("flux1-fill-dev", [to_fill(mask=hole() * 255)], "from 0 to 255; give numbers in 0..1, which are bytes divided by"),
+    ("flux1-fill-dev", [to_fill(mask=hole() - 1)], "the mask has numbers from -1 to 0; give numbers in 0..1"),
+    (
+        "flux1-fill-dev",
+        [to_fill(mask=hole() * NAN)],
+        "numbers in the mask are not finite (NaN or infinite); give",
+    ),
+    ("flux1-fill-dev", [to_fill(picture=picture() / 0)], "numbers in the picture are not finite"),
+    ("flux1-canny-dev", [ControlInput(picture=picture() * NAN)], "numbers in the picture are not finite"),
+    ("flux1-kontext-dev", [ReferenceInput(picture=picture() * NAN)], "numbers in the picture are not finite"),
+    ("flux1-kontext-dev", [reference_to(region=hole() * 0)], "the region is black everywhere"),
+    ("flux1-kontext-dev", [reference_to(region=hole() * NAN)], "numbers in the region are not finite"),
+    ("flux1-kontext-dev", [reference_to(region=hole() * 2)], "the region has numbers from 0 to 2; give"),
+    (
+        "flux1-mini",
+        [encoded_style(shape=(3, 192))],
+        "the style tokens have shape (3, 192); give one of (1, tokens, 192)",
+    ),
+    ("flux1-mini", [encoded_style(shape=(2, 3, 192))], "the style tokens have shape (2, 3, 192); give one of (1, "),
+    ("flux1-mini", [encoded_style(scale=NAN)], "numbers in the style tokens are not finite"),
+    ("flux1-mini", [encoded_style(weights=torch.ones(4))], "weights have shape (4,); give one for each of 3 tokens"),
+    ("flux1-mini", [encoded_style(weights=torch.ones(3) / 0)], "numbers in the style tokens' weights are not finite"),
+    ("flux1-mini", [encoded_style(region=hole() * 0)], "the region is black everywhere"),
+    ("flux1-fill-dev", [encoded(16)], "the guide's latents have shape (1, 16, 4, 4); give one of (1, 80, h, w)"),
+    (
+        "flux1-fill-dev",
+        [encoded(80, batch=2)],
+        "the guide's latents have shape (2, 80, 4, 4); give one of (1, 80, h, w)",
+    ),
+    ("flux1-fill-dev", [encoded(80, scale=NAN)], "numbers in the guide's latents are not finite"),
+    ("flux1-dev", [encoded(16, model="canny")], "name canny, which a request has not; give their picture as"),
+    (
+        "flux1-dev",
+        [encoded(80, lora=LORAS[0])],
+        "the guide's latents have shape (1, 80, 4, 4); give one of (1, 16, h, w)",
+    ),
+    ("flux1-kontext-dev", [Reference(latents=rows(1, 8, 4, 4, seed=1))], "the reference's latents have shape (1, 8, 4"),
+    (
+        "flux1-kontext-dev",
+        [Reference(latents=rows(1, 16, 4, 4, seed=1) * NAN)],
+        "numbers in the reference's latents are not finite",
+    ),
 ]
 
 
@@ -718,6 +795,60 @@ def test_what_does_not_go_together_is_refused_and_what_to_do_is_said(name, input
         assert words in str(caught.value)
         assert any(verb in str(caught.value) for verb in ("choose", "give", "use"))
     assert told == []
+
+
+@pytest.mark.parametrize(("how", "words"), [
+    ({"mask": torch.ones(1, 1, SIDE, SIDE)}, "the mask covers the whole picture"),
+    ({"mask": torch.nn.functional.pad(torch.zeros(1, 1, 8, 8), (12,) * 4, value=1.0)}, "invert the mask"),
+    ({"mask": hole(16, 64)}, "the mask (64x16) is of another size than the picture (32x32): it is resized and stretch"),
+    ({"mask": hole(16, 16)}, "the mask (16x16) is of another size than the picture (32x32): it is resized"),
+])  # fmt: skip
+def test_a_mask_that_looks_like_a_mistake_is_told_of_once(how, words):
+    told = []
+    check_inputs(FLUX1["flux1-fill-dev"], [to_fill(**how)], told.append)
+    assert len(told) == 1
+    assert words in told[0]
+
+
+def test_of_the_part_of_a_mask_that_was_checked_nothing_is_said_but_that_it_is_empty():
+    told = []
+    check_inputs(FLUX1["flux1-fill-dev"], [to_fill(mask=torch.ones(1, 1, SIDE, SIDE), mask_checked=True)], told.append)
+    assert told == []
+    with pytest.raises(UserError, match="the mask is empty"):
+        check_inputs(FLUX1["flux1-fill-dev"], [to_fill(mask=hole() * 0, mask_checked=True)], told.append)
+
+
+def test_pictures_of_another_aspect_than_the_runs_are_told_of(models):
+    told = []
+    tall, square = ControlInput(picture=picture(1, 64, 16)), ControlInput(picture=picture(1, 96, 96))
+    for given in (tall, square):
+        generate(models["canny"], asked(given, width=SIDE, height=SIDE), Hooks(warn=told.append))
+    generate(models["fill"], asked(to_fill(0, 32, 48), width=SIDE, height=SIDE), Hooks(warn=told.append))
+    assert told == [
+        f"the {what} has another aspect than the output (32x32): it is stretched, which changes its shapes"
+        for what in ("control picture (16x64)", "picture with the hole (48x32)")
+    ]
+
+
+@pytest.mark.parametrize(("task", "channels"), [("fill", 80), ("canny", 16), ("depth", 16)])
+def test_encoded_channels_are_all_that_a_model_needs(models, task, channels):
+    assert drawn(models[task], encoded(channels), width=SIDE, height=SIDE).pixels.float().std() > 1
+
+
+def test_encoded_channels_of_another_size_than_the_runs_are_refused(models):
+    words = r"latents are of 4x4 cells, and the run of 6x4, 8 pixels each; encode a picture of 48x32, or give the run"
+    with pytest.raises(UserError, match=words):
+        drawn(models["fill"], to_fill(), encoded(80), width=48, height=32)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"image": picture() * NAN}, "numbers in the image are not finite"),
+    ({"image": picture(), "mask": hole() / 0}, "numbers in the mask are not finite"),
+    ({"image": picture(), "mask": hole() * 255}, "the mask has numbers from 0 to 255; give numbers in 0..1"),
+])  # fmt: skip
+def test_a_picture_to_start_from_has_numbers_and_its_mask_in_0_to_1(models, given, words):
+    with pytest.raises(UserError, match=words):
+        generate(models["draw"], Request(prompt="", steps=1, **given))
 
 
 def test_a_control_has_either_a_lora_or_a_model(models):

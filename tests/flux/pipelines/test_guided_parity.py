@@ -113,7 +113,7 @@ def called_whole(kind, part, autoencoder, batch=1, **given):
 def run(part, autoencoder, inputs, batch=1, layout="offset", **settings):
     """The same by the engine."""
     sigmas = flux_schedule(STEPS, MU)
-    guided = guidance_of(inputs, autoencoder, (HEIGHT, WIDTH), layout=layout, mu=MU, seed=SEED)
+    guided = guidance_of(inputs, autoencoder, (HEIGHT, WIDTH), layout=layout, seed=SEED)
     with torch.inference_mode(), prepared(part, PROMPT, sigmas, guidance=GUIDANCE, guided=guided, **settings) as field:
         return pack(field(noise(batch), 1.0)), pack(walk(field, noise(batch), sigmas, device=CPU))
 

@@ -11,7 +11,17 @@ from PIL import Image
 from scipy import ndimage
 
 from flux.errors import UserError
-from flux.preprocess.control import FITS, as_bytes, as_rgb, fit_control, resize
+from flux.preprocess.canny import canny
+from flux.preprocess.control import (
+    FITS,
+    as_bytes,
+    as_rgb,
+    fit_control,
+    has_colours,
+    is_black_and_white,
+    lacks_edges,
+    resize,
+)
 
 LOBES = 3  # of Pillow's Lanczos window
 
@@ -173,3 +183,26 @@ def test_a_box_takes_a_part_with_fractions_of_pixels():
     ramp = torch.arange(64.0)[None, None, :, None].expand(1, 4, 64, 1) / 64
     part = resize(ramp, 4, 16, Image.Resampling.BILINEAR, (10.5, 0, 26.5, 4))
     torch.testing.assert_close(part[0, 0, 1:-1, 0], (torch.arange(16.0) + 10.5)[1:-1] / 64)
+
+
+def test_colours_are_what_a_depth_picture_has_not_but_for_what_jpeg_leaves():
+    photo, depth = picture(32, 32), picture(32, 32, 1).repeat(1, 1, 1, 3)
+    saved = (depth + 0.01 * (picture(32, 32) - 0.5)).clamp(0, 1)
+    assert [has_colours(one) for one in (photo, depth, saved)] == [True, False, False]
+
+
+def test_edges_are_black_and_white_and_pictures_or_plain_sheets_are_not():
+    edges = canny(torch.from_numpy(np.random.default_rng(1).uniform(0, 1, (1, 32, 32, 3)).astype(np.float32)))
+    stained = edges.clone()
+    stained[:, 0, :16] = 0.4  # 16 of 1,024 pixels
+    assert all(is_black_and_white(one) for one in (edges, stained))
+    grey = edges * 0.9
+    coloured = edges * torch.tensor([1.0, 0, 0])
+    assert not any(is_black_and_white(one) for one in (grey, coloured, edges * 0, edges * 0 + 1, picture(32, 32)))
+
+
+def test_one_of_several_pictures_without_edges_is_enough_to_lack_them():
+    edges = torch.zeros(2, 8, 8, 3)
+    edges[0, 3, 3] = 1
+    assert lacks_edges(edges)
+    assert not lacks_edges(edges[:1])

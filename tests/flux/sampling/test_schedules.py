@@ -16,6 +16,7 @@ from flux.sampling.schedules import (
     SCHEDULES,
     SHORTENING_RULES,
     beta_quantile,
+    beta_schedule,
     check_sigmas,
     flux1_mu,
     flux_schedule,
@@ -274,20 +275,24 @@ def test_a_denoise_that_needs_too_long_a_schedule_says_how_long() -> None:
 
 @pytest.mark.parametrize("mu", [None, -1.0, 0.0, 0.63, 1.15, 3.23])
 @pytest.mark.parametrize("steps", [1, 4, 7, 28])
-def test_at_step_i_of_n_the_fraction_that_is_done_is_i_of_n(steps: int, mu: float | None) -> None:
-    done = [fraction_done(sigma, mu) for sigma in flux_schedule(steps, mu)]
-    assert done == pytest.approx([i / steps for i in range(steps + 1)], abs=1e-12)
-    assert (done[0], done[-1]) == (0, 1)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_at_step_i_of_n_the_fraction_that_is_done_is_i_of_n(name: str, steps: int, mu: float | None) -> None:
+    sigmas = make_schedule(name, steps, mu)
+    assert [fraction_done(sigma, sigmas) for sigma in sigmas] == [i / steps for i in range(steps + 1)]
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.15, 3.0])
-def test_the_fraction_that_is_done_inverts_diffusers_shift(mu: float) -> None:
-    sigmas = diffusers_sigmas(10, mu)
-    assert [fraction_done(sigma, mu) for sigma in sigmas] == pytest.approx([i / 10 for i in range(11)], abs=1e-6)
+def test_on_a_fine_flux_schedule_the_fraction_that_is_done_inverts_the_shift(mu: float) -> None:
+    """Which is what ComfyUI makes of a percentage: ``percent_to_sigma`` shifts 1 - percent."""
+    fine = flux_schedule(10_000, mu)
+    asked = [i / 97 for i in range(98)]
+    assert [fraction_done(shift(1 - done, mu), fine) for done in asked] == pytest.approx(asked, abs=1e-6)
 
 
-@pytest.mark.parametrize("mu", [None, 0.0, 1.15])
-def test_the_fraction_that_is_done_grows_from_noise_to_data_and_more_is_left_of_a_shifted_run(mu: float | None) -> None:
-    done = [fraction_done(1 - i / 50, mu) for i in range(51)]
+@pytest.mark.parametrize("sigmas", [[1.0, 0.9, 0.2, 0.0], [0.5, 0.1], beta_schedule(9, 1.15), flux_schedule(3, None)])
+def test_the_fraction_that_is_done_grows_between_steps_and_is_a_fraction_beyond_them(sigmas: list[float]) -> None:
+    done = [fraction_done(1 - i / 500, sigmas) for i in range(501)]
     assert done == sorted(done)
-    assert fraction_done(0.5, mu) == pytest.approx(1 / (1 + math.exp(-(mu or 0))))
+    assert (done[0], done[-1]) == (0, 1)
+    middle = (sigmas[0] + sigmas[1]) / 2
+    assert fraction_done(middle, sigmas) == pytest.approx(0.5 / (len(sigmas) - 1))

@@ -404,6 +404,7 @@ def as_mask(case):
     mask = torch.zeros(1, length, length)
     if "mask" in case:
         mask[:, :start, :start] = denoiser_inputs(case)["attention_mask"]
+        mask[:, start:, :text] = mask[:, :1, :text]  # references look at the text as its first token does
     for (h, w), view in zip(case["references"], case["views"], strict=False):  # what has no view is plain
         own = range(start, start + h * w // 4)
         cells = torch.tensor(view.get("region") or [[1.0] * width] * height)

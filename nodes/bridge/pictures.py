@@ -1,0 +1,56 @@
+"""Pictures in a CONDITIONING that fill a model's further channels: where they lie, and which entries have none.
+
+A control picture's place is the host's ``concat_latent_image``. A picture with a hole has the same, beside a
+``concat_mask``; then a control's is our dict of latents by slot, in all entries alike, since a model reads all of them
+in one way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .entries import Conditioning
+
+__all__ = ["CONTROLS", "IMAGE", "MASK", "has_hole", "lacks_guide", "marked", "shows_part", "with_room"]
+
+IMAGE, MASK = "concat_latent_image", "concat_mask"  # the host's keys
+CONTROLS = "fluxfoundry_controls"  # ours: latents (1 or B, C, h, w) by slot
+ABSENT = "fluxfoundry_absent"  # ours: True where a guide does not act, though it does in other entries
+
+Extra = dict[str, Any]
+
+
+def has_hole(conditioning: Conditioning) -> bool:
+    """Whether any entry carries a picture with a hole, so that controls have their other place."""
+    return any(extra.get(MASK) is not None for _, extra in conditioning)
+
+
+def shows_part(extra: Extra) -> bool:
+    """Whether an entry has a picture with a hole of which anything is left to be seen."""
+    mask: Tensor | None = extra.get(MASK)
+    return mask is not None and bool((mask < 1).any())
+
+
+def with_room(conditioning: Conditioning) -> Conditioning:
+    """Entries whose control picture, where a hole has its place, is the first control LoRA's, as behind a hole."""
+    return [[text, _moved(extra)] for text, extra in conditioning]
+
+
+def _moved(extra: Extra) -> Extra:
+    if extra.get(IMAGE) is None or extra.get(MASK) is not None:
+        return extra
+    rest = {key: value for key, value in extra.items() if key != IMAGE}
+    return {**rest, CONTROLS: {1: extra[IMAGE], **(extra.get(CONTROLS) or {})}}
+
+
+def marked(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
+    """An entry in which a guide does not act."""
+    return text, {**extra, ABSENT: True}
+
+
+def lacks_guide(extra: Extra) -> bool:
+    """Whether a guide does not act in an entry, and no other one is in its place."""
+    control = extra.get(IMAGE) is not None and extra.get(MASK) is None
+    return bool(extra.get(ABSENT)) and not (control or shows_part(extra) or extra.get(CONTROLS))
