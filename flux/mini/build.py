@@ -29,7 +29,8 @@ from .scenes import draw, lay_out
 from .tokenizer import build_tokenizer
 from .train_autoencoder import AutoencoderRecipe, pixels_from_bytes, psnr_on_fresh_scenes, train_autoencoder
 from .train_flow import FlowRecipe, FrozenEncoders, train_base, train_guided, train_schnell
-from .train_guided import Bench, train_control_lora, train_style, train_variant, trained_lora_tensors
+from .train_guided import Bench, train_control_lora, train_variant, trained_lora_tensors
+from .train_style import train_style, train_words
 from .train_text import TextRecipe, train_text_encoders
 
 __all__ = ["FLOW_STAGES", "GUIDED_STAGES", "STAGES", "Builder", "preview_factors"]
@@ -59,7 +60,8 @@ GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "canny_lora": {"steps": 500, "decay": 350, "batch": 32, "learning_rate": 8e-4},
     "depth_lora": {"steps": 500, "decay": 350, "batch": 32, "learning_rate": 8e-4},
     "edit": {"steps": 3000, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
-    "style": {"steps": 1000, "decay": 450, "batch": 32, "learning_rate": 1.5e-3},
+    "words": {"steps": 1500, "decay": 800, "batch": 64, "learning_rate": 2e-3},
+    "style": {"steps": 1500, "decay": 700, "batch": 32, "learning_rate": 1.5e-3},
 }
 PULL = {"fill": 0.5}  # as classifier-free guidance of 2: what is made up by so small a model is the sharper for it
 GUIDED_SPECS = {"fill": FILL_MINI, "canny": CANNY_MINI, "depth": DEPTH_MINI, "edit": KONTEXT_MINI}
@@ -201,9 +203,12 @@ class Builder:
     def _style(self) -> None:
         model = Flux1(MINI)
         model.load_state_dict(self._text_model())
+        bench = self.bench()
+        saying = train_words(self.folder, bench, self._recipe("words"), seed=self.seed, report=self.report)
         train_style(
-            self.folder, model.to(self.device), self.bench(), self._recipe("style"), seed=self.seed, report=self.report
-        )
+            self.folder, saying, model.to(self.device), bench, self._recipe("style"), seed=self.seed,
+            report=self.report,
+        )  # fmt: skip
 
     def _guided_variant(self, stage: str, start: dict[str, Tensor] | None = None) -> None:
         train_variant(

@@ -26,16 +26,12 @@ from ..adapters.channels import fill_channels
 from ..adapters.control_lora import ControlLora, attached, control_lora_of, control_lora_tensors
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
-from ..models.redux import Redux
-from ..models.vision.siglip import SiglipVision
 from ..ops.dtypes import fast_dtype
-from ..preprocess.vision import reduce_grid, vision_pixels
 from ..sampling.packing import pack
 from ..specs.flux1 import MINI, Flux1Spec
-from ..specs.vision import REDUX_MINI, SIGLIP_MINI
 from ..training.flow import TextBatch, flow_targets, predict_velocity, sample_times
 from .dataset import CANVASES, NATIVE
-from .examples import Image, control_example, edit_example, fill_example, style_example
+from .examples import Image, control_example, edit_example, fill_example
 from .labels import IGNORED, QUESTIONS, TOKEN, token_labels
 from .loop import FlowRecipe, Report, run_stage
 from .scenes import Scene
@@ -43,8 +39,8 @@ from .train_autoencoder import pixels_from_bytes
 from .train_flow import ANSWERS_WEIGHT, TAPPED_BLOCK, FrozenEncoders, SceneHead
 
 __all__ = [
-    "Bench", "Style", "Trainee", "channels_of_hole", "extracted_lora", "train_control_lora", "train_style",
-    "train_variant", "trained_lora_tensors", "vision_view", "widened_start",
+    "DRAWN_BATCHES", "OTHER_SIZES_SHARE", "Bench", "Trainee", "channels_of_hole", "extracted_lora", "noised",
+    "train_control_lora", "train_variant", "trained_lora_tensors", "widened_start",
 ]  # fmt: skip
 
 OTHER_SIZES_SHARE = 0.4  # of the steps, on another canvas than the native one
@@ -57,9 +53,6 @@ TIME_MEAN, TIME_DEVIATION = (
     1.4,
 )  # lower than the text model's: where things are is told, edges are still to be drawn
 BYTE = 255
-COARSE_SHARE = 0.25  # of the steps with Redux tokens averaged to a coarser grid
-COARSE_GRIDS = (3, 5)
-LEFT_OUT = -1e4  # added to the logits of tokens that are left out
 
 
 @dataclass(frozen=True)
@@ -235,7 +228,7 @@ def train_variant(
 
     def loss(step: int) -> Tensor:
         batch, rng = batches.at(step)
-        noisy, times, guidance, target = _drawn(batch.latents, rng)
+        noisy, times, guidance, target = noised(batch.latents, rng)
         seen.clear()
         with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
             predict = partial(
@@ -255,67 +248,13 @@ def train_variant(
         tap.remove()
 
 
-def _drawn(latents: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def noised(latents: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Noisy latents, times, guidance and packed targets."""
     count, device = len(latents), latents.device
     times = sample_times(count, mean=TIME_MEAN, deviation=TIME_DEVIATION).to(device)
     noisy, target = flow_targets(latents, torch.randn_like(latents), times)
     guidance = torch.tensor([rng.uniform(*GUIDANCE_RANGE) for _ in range(count)], device=device)
     return noisy, times, guidance, pack(target)
-
-
-class Style(nn.Module):
-    """The embedded vision tower with the embedded Redux adapter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tower = SiglipVision(SIGLIP_MINI)
-        self.redux = Redux(REDUX_MINI)
-
-    def forward(self, views: Tensor, grid: int | None = None) -> Tensor:
-        """Tokens (B, N, text width) of views (B, 3, side, side), averaged to a coarser grid where one is given."""
-        tokens: Tensor = self.redux(self.tower(views))
-        return tokens if grid is None else reduce_grid(tokens, None, grid)[0]
-
-
-def vision_view(picture: Image) -> Tensor:
-    """A picture (H, W, 3) as the embedded tower sees it (3, side, side), in -1..1: stretched to its square."""
-    image = torch.from_numpy(picture)[None].float() / BYTE
-    return vision_pixels(image, SIGLIP_MINI.side, patch=SIGLIP_MINI.patch).pixels[0]
-
-
-def train_style(folder: Path, model: Flux1, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report) -> Style:
-    """Train tower and adapter together through the frozen text model; returns them with averaged weights."""
-    torch.manual_seed(seed)
-    model.requires_grad_(False)
-    style = Style().to(bench.device)
-    compute = fast_dtype(torch.device(bench.device))
-
-    def loss(step: int) -> Tensor:
-        rng = random.Random(f"style/{seed}/{step}")
-        canvas = NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
-        examples = [style_example(rng, canvas) for _ in range(recipe.batch)]
-        noisy, times, guidance, target = _drawn(bench.latents([e.picture for e in examples]), rng)
-        views = torch.stack([vision_view(example.reference) for example in examples]).to(bench.device)
-        keep = F.adaptive_max_pool2d(torch.from_numpy(np.stack([e.keep for e in examples])), SIGLIP_MINI.grid)
-        grid = rng.choice(COARSE_GRIDS) if rng.random() < COARSE_SHARE else None
-        if grid is not None:
-            keep = F.adaptive_max_pool2d(keep, grid)
-        text = bench.encoders.encode([example.prompt for example in examples])
-        with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
-            tokens = style(views, grid)
-            joined = TextBatch(torch.cat((text.tokens, tokens), dim=1), text.pooled)
-            bias = _left_out(keep.flatten(1), text.tokens.shape[1], target.shape[1]).to(noisy.device)
-            velocity = predict_velocity(model, noisy, times, joined, guidance, bias=bias)
-        return F.mse_loss(velocity.float(), target)
-
-    return run_stage("style", style, loss, folder / "style.safetensors", recipe, seed, report)
-
-
-def _left_out(keep: Tensor, before: int, behind: int) -> Tensor:
-    """Bias (B, 1, 1, L) that leaves style tokens out where ``keep`` (B, N) is 0; they stand between text and image."""
-    bias = (keep == 0).float() * LEFT_OUT
-    return F.pad(bias, (before, behind))[:, None, None]
 
 
 LORA_RANK = 48
@@ -397,7 +336,7 @@ def train_control_lora(
 
     def loss(step: int) -> Tensor:
         batch, rng = batches.at(step)
-        noisy, times, guidance, target = _drawn(batch.latents, rng)
+        noisy, times, guidance, target = noised(batch.latents, rng)
         with (
             torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32),
             attached(model, [trained.lora(name)]),

@@ -64,7 +64,7 @@ def short_build(tmp_path, monkeypatch):
         "BASE": stage,
         "GUIDED": stage,
         "SCHNELL": stage,
-        "GUIDED_RECIPES": dict.fromkeys(GUIDED_STAGES, stage),
+        "GUIDED_RECIPES": dict.fromkeys((*GUIDED_STAGES, "words"), stage),
         "PREVIEW_SCENES": 2,
         "psnr_on_fresh_scenes": functools.partial(psnr_on_fresh_scenes, count=1),
     }

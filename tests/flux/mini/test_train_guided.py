@@ -43,7 +43,7 @@ def test_a_pull_adds_what_the_prompt_changes_to_what_is_learnt(bench, tmp_path, 
     losses = {}
 
     monkeypatch.setattr(train_guided, "fast_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(train_guided, "_drawn", lambda latents, rng: drawn(latents))
+    monkeypatch.setattr(train_guided, "noised", lambda latents, rng: drawn(latents))
 
     def once(stage, model, loss_of, *rest):
         losses["made"] = float(loss_of(STEP).detach())
