@@ -110,7 +110,7 @@ def _tell_of_grey(start: Tensor, sigmas: Tensor) -> None:
 
 
 def _sample(patcher: Any, start: Tensor, latent: dict[str, Any], run: Run, sigmas: Tensor) -> Tensor:
-    guider = _guider(patcher, run)
+    guider = _guider(shifted_by_size(patcher, tokens_of({"samples": start})), run)
     noise = batch_noise(start, run.seed, latent.get("batch_index"))
     mask = latent.get("noise_mask")
     callback = preview_callback(patcher, len(sigmas) - 1)
@@ -121,6 +121,21 @@ def _sample(patcher: Any, start: Tensor, latent: dict[str, Any], run: Run, sigma
     )
     samples = to_intermediate(samples)
     return samples if mask is None else keep_exactly(samples, start, mask)
+
+
+def shifted_by_size(patcher: Any, tokens: int) -> Any:
+    """A MODEL for which parts of a run, as ``start_percent`` tells them, lie where this pack's own schedule has them.
+
+    The host asks the MODEL's sampling for them, which is shifted for its native size; the schedule for the picture's.
+    """
+    if not _is_shifted_by_size(patcher):
+        return patcher
+    own = patcher.get_model_object("model_sampling")
+    fitted = type(own)(patcher.model.model_config)
+    fitted.set_parameters(shift=flux1_mu(tokens))
+    clone = patcher.clone()
+    clone.add_object_patch("model_sampling", fitted)
+    return clone
 
 
 def _guider(patcher: Any, run: Run) -> Any:
@@ -227,14 +242,19 @@ def plan(patcher: Any, tokens: int, steps: int, schedule: str, amount: float, mu
 
 def model_mu(patcher: Any, tokens: int) -> float | None:
     """The shift of a MODEL: what a model-sampling node set, else FLUX.1's by size, else the MODEL's own."""
-    sampling = patcher.get_model_object("model_sampling")
-    exponential = isinstance(sampling, comfy.model_sampling.ModelSamplingFlux)
-    of_flux1 = patcher.get_model_object("latent_format").latent_channels == FLUX1_CHANNELS
-    if exponential and of_flux1 and "model_sampling" not in patcher.object_patches:
+    if _is_shifted_by_size(patcher):
         return flux1_mu(tokens)
+    sampling = patcher.get_model_object("model_sampling")
     shift = getattr(sampling, "shift", None)
     if shift is None:
         raise UserError("this MODEL is no flow model; FLUX Schedule and FLUX Sampler take FLUX models")
-    if exponential:
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux):
         return float(shift)
     return None if shift == 1 else math.log(shift)
+
+
+def _is_shifted_by_size(patcher: Any) -> bool:
+    """Whether a MODEL is a FLUX.1 whose shift no node has set."""
+    exponential = isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.ModelSamplingFlux)
+    of_flux1 = patcher.get_model_object("latent_format").latent_channels == FLUX1_CHANNELS
+    return exponential and of_flux1 and "model_sampling" not in patcher.object_patches
