@@ -1,9 +1,9 @@
 """What the embedded guided models learn from: a picture, the sentence that asks for it, and the pictures that guide it.
 
-Every example is a function of a random state and a canvas. Half of the scenes are laid out as the text model knows
-them; in the others objects lie anywhere on the lattice, for there it is the guide that says where things are. Beside
-edges and depth some lie off the lattice and have any size: what is followed need not be made up. Elsewhere that would
-be too much: a model this small, made to draw shapes of any size at any pixel, draws all of them badly.
+Every example is a function of a random state and a canvas. Half of the scenes, of holes three quarters, are laid out as
+the text model knows them; in the others objects lie anywhere on the lattice, for there it is the guide that says where
+things are. Beside edges and depth some lie off the lattice and have any size: what is followed need not be made up.
+Elsewhere that would be too much: a model this small, made to draw shapes of any size at any pixel, draws all badly.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ Mask = NDArray[np.float32]
 Canvas = tuple[int, int]  # width and height
 
 SCATTERED_SHARE = 0.5
+FILL_SCATTERED_SHARE = 0.25  # what fills a hole is made up, which takes more practice at every further place
 FREE_SHARE = 0.4  # of the scattered scenes beside edges and depth: off the lattice
 SIGN_SHARE = 0.1
 SMALLEST, LARGEST_ALONE, LARGEST_AMONG = 11.0, 28.0, 20.0  # radii of scattered objects at the native side
@@ -116,6 +117,7 @@ def scene_example(
     *,
     held_out: bool = False,
     sign_share: float = SIGN_SHARE,
+    scattered_share: float = SCATTERED_SHARE,
     free_share: float = 0.0,
 ) -> tuple[Request, Scene]:
     """A request and a scene that answers it, laid out or scattered.
@@ -125,11 +127,12 @@ def scene_example(
         canvas: Width and height.
         held_out: Whether the request is one that training never draws.
         sign_share: How many are words.
+        scattered_share: How many scenes without words have their objects anywhere on the lattice.
         free_share: How many of the scattered scenes have their objects off the lattice, of any size.
     """
     while True:
         request = random_request(rng, sign_share=sign_share, held_out=held_out)
-        if request.word is not None or rng.random() >= SCATTERED_SHARE:
+        if request.word is not None or rng.random() >= scattered_share:
             return request, lay_out(request, rng, *canvas)
         loose = _loosened(request)
         if is_held_out(loose) == held_out:
@@ -207,7 +210,7 @@ def fill_example(rng: random.Random, canvas: Canvas, *, mode: str | None = None,
         mode: One of ``HOLE_MODES``; None for any.
         held_out: Whether the request is one that training never draws.
     """
-    request, scene = scene_example(rng, canvas, held_out=held_out)
+    request, scene = scene_example(rng, canvas, held_out=held_out, scattered_share=FILL_SCATTERED_SHARE)
     mode = mode or rng.choices(list(HOLE_MODES), weights=list(HOLE_MODES.values()))[0]
     if mode == "object" and not scene.items:
         mode = "whole"
