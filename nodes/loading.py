@@ -149,8 +149,7 @@ class LoadEmbedded(io.ComfyNode):
                     "model",
                     options=list(EMBEDDED_MODELS),
                     tooltip="mini: takes 16 steps and guidance 3. mini schnell: takes 4 steps and has no guidance. "
-                    "Both draw coloured shapes and short words on 128x128 pixels. mini fill, canny, depth and kontext "
-                    "do with such pictures what FLUX Fill, FLUX Control and FLUX Reference ask for; 16 steps.",
+                    "Both draw coloured shapes and short words on 128x128 pixels.",
                 ),
             ],
             outputs=[

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import NumericError, UserError
-from ..preprocess.control import Warn, resize
+from ..preprocess.control import Warn, check_finite, resize
 from .colour import match_colour
 from .masks import MaskOptions, match_batch, prepare_mask
 
@@ -176,8 +176,7 @@ def check_picture(image: Tensor) -> None:
         UserError: It is not of shape (B, H, W, 3), or not of finite floating-point numbers.
     """
     _check_form(image)
-    if not image.isfinite().all():
-        raise UserError("numbers in the picture are not finite (NaN or infinite); give finite ones")
+    check_finite("picture", image)
 
 
 def _check_form(image: Tensor) -> None:

@@ -223,8 +223,10 @@ def train_variant(
     seen: list[Tensor] = []
     tap = model.single_blocks[TAPPED_BLOCK].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
 
+    unasked = bench.encoders.encode([""])
+
     def nothing(count: int) -> TextBatch:
-        return bench.encoders.encode([""] * count)
+        return TextBatch(unasked.tokens.expand(count, -1, -1), unasked.pooled.expand(count, -1))
 
     def loss(step: int) -> Tensor:
         batch, rng = batches.at(step)

@@ -10,6 +10,7 @@ Shapes: B batch, N cells of the tower's grid, D the text tokens' width.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from ..specs.vision import REDUX_MINI, SIGLIP_MINI
 from ..training.flow import TextBatch, predict_velocity
 from .dataset import CANVASES, NATIVE
 from .examples import REACH, Image, scene_example, style_example
-from .language import Request, phrase, text_of
+from .language import Request, Span, phrase, text_of
 from .loop import FlowRecipe, Report, run_stage
 from .scenes import Scene, draw
 from .train_guided import DRAWN_BATCHES, OTHER_SIZES_SHARE, Bench, noised
@@ -78,31 +79,39 @@ def cells_of(scene: Scene, grid: int) -> list[int]:
     return found
 
 
-def words_of(scene: Scene, request: Request, bench: Bench, grid: int) -> Tensor:
-    """The text encoder's tokens (N, D) for the cells of a grid over a scene.
+def words_of(seen: Sequence[tuple[Request, Scene]], bench: Bench, grid: int) -> Tensor:
+    """The text encoder's tokens (B, N, D) for the cells of a grid over each scene.
 
-    The scene is described in one sentence. A cell on an object gives a token of that object's words, one cell this word
+    A scene is described in one sentence. A cell on an object gives a token of that object's words, one cell this word
     and its neighbour the next; a cell on the ground one of the others.
 
     Args:
-        scene: What is seen.
-        request: What the scene answers.
-        bench: Encodes the sentence.
+        seen: Scenes, each with what it answers.
+        bench: Encodes the sentences.
         grid: Cells along a side.
     """
-    told = replace(request, background=scene.background)
-    spans = phrase(told, random.Random("words"))
+    told = [replace(request, background=scene.background) for request, scene in seen]
+    sentences = [phrase(request, random.Random("words")) for request in told]
+    tokens = bench.encoders.encode([text_of(spans) for spans in sentences]).tokens
+    chosen = [
+        _columns(scene, request, spans, bench, grid)
+        for (_, scene), request, spans in zip(seen, told, sentences, strict=True)
+    ]
+    return torch.stack([own[columns] for own, columns in zip(tokens, chosen, strict=True)])
+
+
+def _columns(scene: Scene, request: Request, spans: list[Span], bench: Bench, grid: int) -> list[int]:
+    """Which of a sentence's tokens each cell of a grid over a scene gives."""
     tokenizer = bench.encoders.t5_tokenizer
     owners = token_owners(spans, tokenizer, tokenizer(text_of(spans)).used)
-    tokens = bench.encoders.encode([text_of(spans)]).tokens[0]
-    kinds = [(wanted.shape, wanted.colour) for wanted in told.objects]
+    kinds = [(wanted.shape, wanted.colour) for wanted in request.objects]
     chosen = []
     for index, item in enumerate(cells_of(scene, grid)):
         thing = None if item == GROUND else scene.items[item]
         owner = None if thing is None else kinds.index((thing.shape, thing.colour))
         own = [column for column, one in enumerate(owners) if one == owner]
         chosen.append(own[sum(divmod(index, grid)) % len(own)])
-    return tokens[chosen]
+    return chosen
 
 
 def train_words(folder: Path, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report) -> Style:
@@ -116,7 +125,7 @@ def train_words(folder: Path, bench: Bench, recipe: FlowRecipe, *, seed: int, re
         canvas = NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
         seen = [scene_example(rng, canvas, sign_share=0.0) for _ in range(recipe.batch)]
         views = torch.stack([vision_view(draw(scene)) for _, scene in seen]).to(bench.device)
-        wanted = torch.stack([words_of(scene, request, bench, SIGLIP_MINI.grid) for request, scene in seen])
+        wanted = words_of(seen, bench, SIGLIP_MINI.grid)
         with torch.autocast(views.device.type, compute, enabled=compute != torch.float32):
             tokens = style(views)
         return F.mse_loss(tokens.float(), wanted) / wanted.var()

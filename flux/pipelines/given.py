@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..adapters.channels import CELL
 from ..adapters.guides import Channels, Guide, Reference, StyleTokens
 from ..errors import MismatchError, UserError
+from ..preprocess.control import check_finite
 from ..sampling.packing import PATCH
 from ..specs.flux1 import Flux1Spec
 
-__all__ = ["check_finite", "check_guide", "check_guide_sizes", "check_region", "check_unit"]
+__all__ = ["check_guide", "check_guide_sizes", "check_region", "check_unit"]
 
 SLACK = 0.01  # beyond 0..1, which filters that resize come to
 BYTES = 1.5  # above it numbers are those of bytes
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinity, which would be blamed on the weights later.
-
-    Raises:
-        UserError: There are some.
-    """
-    if not bool(torch.isfinite(tensor).all()):
-        raise UserError(f"numbers in the {name} are not finite (NaN or infinite); give finite ones")
 
 
 def check_unit(name: str, tensor: Tensor) -> None:

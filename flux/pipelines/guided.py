@@ -19,12 +19,12 @@ from ..adapters.guides import Channels, Guide, Reference, StyleTokens, check_spa
 from ..errors import MismatchError, NumericError, UserError
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
-from ..preprocess.control import differs_in_aspect
+from ..preprocess.control import check_finite, differs_in_aspect
 from ..sampling.packing import PATCH
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from .denoiser import Guidance
-from .given import check_finite, check_guide, check_guide_sizes, check_region, check_unit
+from .given import check_guide, check_guide_sizes, check_region, check_unit
 from .parts import Part
 
 __all__ = [

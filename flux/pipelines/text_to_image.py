@@ -14,13 +14,14 @@ from ..errors import NumericError, UserError
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..models.positions import LAYOUTS
+from ..preprocess.control import check_finite
 from ..sampling.noise import NOISE_STYLES, draw_noise, image_seeds
 from ..sampling.schedules import MAX_MU, check_sigmas, flux1_mu, flux1_tokens, make_schedule, shorten
 from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
 from .denoising import Hooks, prepared, walk
-from .given import check_finite, check_unit
+from .given import check_unit
 from .guided import (
     AnyInput,
     check_inputs,

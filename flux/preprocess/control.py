@@ -22,6 +22,7 @@ __all__ = [
     "Warn",
     "as_bytes",
     "as_rgb",
+    "check_finite",
     "choose",
     "differs_in_aspect",
     "fit_control",
@@ -130,6 +131,16 @@ def differs_in_aspect(picture: Tensor, height: int, width: int) -> bool:
     """Whether a picture (B, h, w, ...) is of another aspect than this size, by more than ``ASPECT_TOLERANCE``."""
     ratio = (picture.shape[2] * height) / (picture.shape[1] * width)
     return max(ratio, 1 / ratio) > 1 + ASPECT_TOLERANCE
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity, which would be blamed on the weights later.
+
+    Raises:
+        UserError: There are some.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"numbers in the {name} are not finite (NaN or infinite); give finite ones")
 
 
 def has_colours(picture: Tensor) -> bool:

@@ -21,7 +21,7 @@ from ...flux.preprocess.canny import automatic_canny, canny
 from ...flux.preprocess.control import as_rgb, fit_control, has_colours, is_black_and_white, lacks_edges
 from ...flux.preprocess.depth import normalise_depth, open_depth
 from .compat import patch, to_intermediate
-from .entries import Conditioning
+from .entries import Conditioning, check_region
 from .filling import CELL, encode, tell_of_area, with_both
 from .pictures import CONTROLS, IMAGE, has_hole, marked, with_room
 from .preflight import encoded_by
@@ -180,7 +180,7 @@ def add_control(
         MismatchError: The VAE is another family's.
     """
     check_strength(strength)
-    _check_region(region)
+    check_region(region, "the control would be followed nowhere")
     latents = encode(vae, picture)
     replaced, holed = False, has_hole([*positive, *(negative or ())])
 
@@ -203,17 +203,3 @@ def add_control(
             f"another slot, and put a further Load FLUX Control LoRA on the model"
         )
     return *both, {"samples": torch.zeros_like(latents)} if latent is None else latent
-
-
-def _check_region(region: Tensor | None) -> None:
-    if region is None:
-        return
-    if region.ndim != 3 or len(region) != 1:
-        raise UserError(
-            f"the region has shape {list(region.shape)}; give one mask (1, height, width), for every picture alike"
-        )
-    if not bool((region > 0).any()):
-        raise UserError(
-            "the region's mask is black everywhere, so the control would be followed nowhere; paint white where it is "
-            "to act, invert the mask, or leave it open for everywhere"
-        )

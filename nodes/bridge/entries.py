@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ...flux.adapters.guides import check_span
+from ...flux.errors import UserError
 
-__all__ = ["END", "START", "STRENGTH", "Change", "Conditioning", "with_part"]
+__all__ = ["END", "START", "STRENGTH", "Change", "Conditioning", "check_region", "with_part"]
 
 Conditioning = list[list[Any]]
 Extra = dict[str, Any]
@@ -68,6 +69,29 @@ def with_part(
         if ends < last:
             out.append(list(bare(text, {**extra, START: ends, END: last})))
     return out
+
+
+def check_region(region: Tensor | None, nowhere: str, pictures: int = 1) -> None:
+    """Refuse a MASK that is no region.
+
+    Args:
+        region: (1 or pictures, H, W); None for everywhere.
+        nowhere: What would come of a black one, for the message.
+        pictures: How many pictures may have one each.
+
+    Raises:
+        UserError: Its shape is another one, or one of it is black everywhere.
+    """
+    if region is None:
+        return
+    if region.ndim != 3 or len(region) not in (1, pictures):
+        each = "for every picture alike" if pictures == 1 else f"or one a picture, of which there are {pictures}"
+        raise UserError(f"the region has shape {list(region.shape)}; give one mask (1, height, width), {each}")
+    if not bool((region > 0).flatten(1).any(dim=1).all()):
+        raise UserError(
+            f"the region's mask is black everywhere, so {nowhere}; paint white where it is to act, invert the mask, or "
+            "leave it open for everywhere"
+        )
 
 
 def _unchanged(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:

@@ -21,7 +21,7 @@ from ...flux.pipelines.redux import fewer_tokens
 from ...flux.preprocess.vision import VisionViews, vision_pixels
 from ...flux.specs.releases import PART_TITLES, where_to_get
 from ...flux.specs.vision import REDUX, REDUXES, ReduxSpec
-from .entries import Conditioning, with_part
+from .entries import Conditioning, check_region, with_part
 from .preflight import ENCODERS, given_of, users_files
 from .progress import check_cancelled, say
 from .styles import ATTENTION, STRENGTH_MODES, TOKENS, Style, append_styles
@@ -168,16 +168,7 @@ def _regions(region: Tensor | None, pictures: int) -> Sequence[Tensor | None]:
     """Each picture's region (1, 1, H, W)."""
     if region is None:
         return [None] * pictures
-    if region.ndim != 3 or len(region) not in (1, pictures):
-        raise UserError(
-            f"the region has shape {list(region.shape)}; give one mask (1, height, width), or one a picture, of which "
-            f"there are {pictures}"
-        )
-    if not bool((region > 0).flatten(1).any(dim=1).all()):
-        raise UserError(
-            "the region's mask is black everywhere, so the picture would be taken over nowhere; paint white where it "
-            "is to act, invert the mask, or leave it open for everywhere"
-        )
+    check_region(region, "the picture would be taken over nowhere", pictures)
     return [own.float().clamp(0, 1)[None, None] for own in region.expand(pictures, -1, -1)]
 
 

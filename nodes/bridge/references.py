@@ -24,7 +24,7 @@ from ...flux.errors import MismatchError, UserError
 from ...flux.models.positions import image_ids, reference_ids
 from ...flux.preprocess.references import FittedReference, fit_reference
 from ...flux.sampling.packing import PATCH, pack, pad_to_patch, token_grid
-from .entries import Conditioning, with_part
+from .entries import Conditioning, check_region, with_part
 from .filling import ScaledCrop, encode
 from .preflight import encoded_by
 from .progress import say
@@ -246,7 +246,7 @@ def add_reference(
         NumericError: The latents are not finite.
     """
     check_strength(strength)
-    check_region(region)
+    check_region(region, "the reference would be seen nowhere")
     reference = fit_reference(image, fit, round(megapixels * PIXELS_OF_MEGAPIXEL), warn=say)
     latents = encode(vae, reference.picture)
     view = None if strength == 1 and region is None else {"strength": strength, "region": region}
@@ -261,24 +261,6 @@ def add_reference(
     out = with_part(conditioning, change, start=start, end=end) if strength > 0 else list(conditioning)
     own = (int(image.shape[1]), int(image.shape[2]))
     return out, {"samples": torch.zeros_like(latents)}, cutting(reference, own if fit == KEEPS_PLACE else None)
-
-
-def check_region(region: Tensor | None) -> None:
-    """Refuse a region that is none.
-
-    Raises:
-        UserError: It has several masks, or is empty.
-    """
-    if region is None:
-        return
-    masks = region.reshape(-1, *region.shape[-2:])
-    if len(masks) != 1:
-        raise UserError(f"the region has {len(masks)} masks; give one, for every picture of the batch alike")
-    if not bool((masks > 0).any()):
-        raise UserError(
-            "the region's mask is black everywhere, so the reference would be seen nowhere; paint white where it is to "
-            "be seen, invert the mask, or leave it open for everywhere"
-        )
 
 
 def cutting(reference: FittedReference, own: tuple[int, int] | None) -> Crop:

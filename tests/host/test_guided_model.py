@@ -665,7 +665,7 @@ def test_a_reference_above_its_budget_is_scaled_and_that_is_said(host: Host) -> 
     ("settings", "words"),
     [
         ({"start": 0.5, "end": 0.5}, "it starts at 0.5 and ends at 0.5; give fractions of the run"),
-        ({"region": ["two", 0]}, "the region has 2 masks; give one"),
+        ({"region": ["two", 0]}, "; give one mask (1, height, width), for every picture alike"),
         ({"region": ["black", 0]}, "the region's mask is black everywhere"),
     ],
 )

@@ -39,7 +39,7 @@ def test_cells_are_of_the_object_that_covers_their_middle():
 def test_cells_of_an_object_say_its_words_and_all_others_the_rest(bench):
     request = Request(objects=(Wanted("circle", "red"), Wanted("square", "blue")), background="green")
     scene = lay_out(request, random.Random(1))
-    words = words_of(scene, request, bench, GRID)
+    [words] = words_of([(request, scene)], bench, GRID)
     sentence = text_of(phrase(request, random.Random("words")))
     whole = bench.encoders.encode([sentence]).tokens[0]
     said = [int((whole - word).abs().sum(-1).argmin()) for word in words]
@@ -52,9 +52,9 @@ def test_cells_of_an_object_say_its_words_and_all_others_the_rest(bench):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_scene_can_be_said(bench, seed):
-    request, scene = scene_example(random.Random(seed), (128, 128), sign_share=0.0)
-    words = words_of(scene, request, bench, SIGLIP_MINI.grid)
-    assert words.shape[0] == SIGLIP_MINI.grid**2
+    seen = [scene_example(random.Random(seed), (128, 128), sign_share=0.0)]
+    words = words_of(seen, bench, SIGLIP_MINI.grid)
+    assert words.shape[:2] == (1, SIGLIP_MINI.grid**2)
     assert bool(torch.isfinite(words).all())
 
 
@@ -70,7 +70,7 @@ def test_training_gets_nearer_to_the_words_and_goes_on_where_it_stopped(bench, t
 def error(style, bench):
     """Of what is said about scenes that were not seen, to the variance of what is to be said."""
     seen = [scene_example(random.Random(f"unseen {index}"), (128, 128), sign_share=0.0) for index in range(16)]
-    wanted = torch.stack([words_of(scene, request, bench, SIGLIP_MINI.grid) for request, scene in seen])
+    wanted = words_of(seen, bench, SIGLIP_MINI.grid)
     with torch.inference_mode():
         said = style(torch.stack([vision_view(draw(scene)) for _, scene in seen]))
     return float((said - wanted).square().mean() / wanted.var())

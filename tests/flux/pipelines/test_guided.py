@@ -49,14 +49,6 @@ PROMPT = EncodedPrompt(rows(1, 9, TINY.context_width, seed=2), rows(1, TINY.pool
 NEGATIVE = EncodedPrompt(rows(1, 7, TINY.context_width, seed=4), rows(1, TINY.pooled_width, seed=5))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guided")

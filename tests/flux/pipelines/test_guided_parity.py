@@ -42,14 +42,6 @@ NEGATIVE = EncodedPrompt(rows(1, 9, TINY.context_width, seed=12), rows(1, TINY.p
 CHANNELS = {"draw": 64, "control": 128, "fill": 384}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Transformers by what they do."""

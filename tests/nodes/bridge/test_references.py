@@ -127,7 +127,7 @@ def test_references_of_the_models_own_channels_get_zeros_for_what_only_the_image
         ({"vae": Vae(128)}, "FLUX.1's have 16 channels"),
         ({"image": numbers(1, 32, 32, 3) / 0}, "not finite"),
         ({"region": torch.zeros(1, 32, 32)}, "the region's mask is black everywhere, so the reference would be seen"),
-        ({"region": torch.ones(2, 32, 32)}, "the region has 2 masks"),
+        ({"region": torch.ones(2, 32, 32)}, r"the region has shape \[2, 32, 32\]; give one mask"),
     ],
 )
 def test_what_a_reference_cannot_take_is_refused(
