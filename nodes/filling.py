@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..flux.pipelines.guided import ROUNDINGS
 from .fields import ROOT, end, negative_input, negative_output, schema, start, strength, vae_input
@@ -98,20 +98,19 @@ class Fill(io.ComfyNode):
     ) -> io.NodeOutput:
         from .bridge.filling import add_hole
 
-        return io.NodeOutput(
-            *add_hole(
-                positive,
-                negative,
-                vae,
-                image,
-                mask,
-                strength=strength,
-                start=start,
-                end=end,
-                rounding=rounding,
-                noise_mask=noise_mask,
-            )
+        *outputs, seen = add_hole(
+            positive,
+            negative,
+            vae,
+            image,
+            mask,
+            strength=strength,
+            start=start,
+            end=end,
+            rounding=rounding,
+            noise_mask=noise_mask,
         )
+        return io.NodeOutput(*outputs, ui=ui.PreviewImage(seen, cls=cls))
 
 
 NODES: list[type[io.ComfyNode]] = [Fill]

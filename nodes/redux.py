@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..flux.preprocess.vision import MAX_TILES, VIEWS
 from .bridge.paths import STYLE_MODELS, VISION_TOWERS
@@ -193,7 +193,8 @@ class Redux(io.ComfyNode):
             start=start,
             end=end,
         )
-        return io.NodeOutput(apply_redux(conditioning, style_model, clip_vision, image, taking))
+        styled, seen = apply_redux(conditioning, style_model, clip_vision, image, taking)
+        return io.NodeOutput(styled, ui=None if seen is None else ui.PreviewImage(seen, cls=cls))
 
 
 NODES: list[type[io.ComfyNode]] = [LoadRedux, Redux]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..flux.models.positions import LAYOUTS
 from ..flux.preprocess.references import REFERENCE_FITS
@@ -113,20 +113,19 @@ class Reference(io.ComfyNode):
     ) -> io.NodeOutput:
         from .bridge.references import add_reference
 
-        return io.NodeOutput(
-            *add_reference(
-                conditioning,
-                vae,
-                image,
-                strength=strength,
-                region=region,
-                start=start,
-                end=end,
-                layout=None if layout == AUTO else layout,
-                fit=fit,
-                megapixels=max_megapixels,
-            )
+        referring, latent, crop = add_reference(
+            conditioning,
+            vae,
+            image,
+            strength=strength,
+            region=region,
+            start=start,
+            end=end,
+            layout=None if layout == AUTO else layout,
+            fit=fit,
+            megapixels=max_megapixels,
         )
+        return io.NodeOutput(referring, latent, crop, ui=ui.PreviewImage(crop.picture, cls=cls))
 
 
 NODES: list[type[io.ComfyNode]] = [Reference]

@@ -40,6 +40,15 @@ class VisionViews:
     pixels: Tensor
     weights: Tensor | None
 
+    def shown(self) -> Tensor:
+        """What of the views counts, for a look at it: (T, side, side, 3) in 0..1, grey where it does not."""
+        pixels = self.pixels
+        if self.weights is not None:
+            grid = math.isqrt(self.weights.shape[-1])
+            counts = self.weights.to(pixels).reshape(-1, 1, grid, grid)
+            pixels = pixels * F.interpolate(counts, size=pixels.shape[-2:])
+        return (pixels.movedim(1, -1) + 1) / 2
+
 
 @dataclass(frozen=True)
 class _Layout:

@@ -197,7 +197,7 @@ def add_hole(
     end: float,
     rounding: str,
     noise_mask: bool,
-) -> tuple[Conditioning, Conditioning, dict[str, Any]]:
+) -> tuple[Conditioning, Conditioning, dict[str, Any], Tensor]:
     """Tell a Fill model which part of a picture to paint, under the host's keys.
 
     Where it does not act the model is told of a picture that is hidden as a whole, as in its training. With nothing
@@ -216,7 +216,7 @@ def add_hole(
         noise_mask: Whether the sampler keeps the rest of the latent.
 
     Returns:
-        Both CONDITIONINGs, and a LATENT of the picture.
+        Both CONDITIONINGs, a LATENT of the picture, and the picture as the model sees it, as an IMAGE.
 
     Raises:
         UserError: The picture, the mask, the strength or the times are none, or the mask is empty.
@@ -249,7 +249,7 @@ def add_hole(
             "each its own time, or paint both places by one mask"
         )
     latent = {"samples": encode(vae, picture), **({"noise_mask": shown[:, None]} if noise_mask else {})}
-    return *both, latent
+    return *both, latent, seen
 
 
 def _hidden_whole(vae: Any, picture: Tensor) -> Extra:

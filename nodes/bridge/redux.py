@@ -80,8 +80,8 @@ class Tower:
 
 def apply_redux(
     conditioning: Conditioning, style_model: Any, clip_vision: Any, image: Tensor, taking: Taking
-) -> Conditioning:
-    """A CONDITIONING with what pictures show behind its text.
+) -> tuple[Conditioning, Tensor | None]:
+    """A CONDITIONING with what pictures show behind its text, and what the tower sees, as an IMAGE, if it looks.
 
     Args:
         conditioning: Of FLUX.1.
@@ -98,7 +98,7 @@ def apply_redux(
     tower = _check_models(style_model, clip_vision)
     _check_text(style_model, conditioning)
     if taking.strength == 0 and taking.mode == ATTENTION:
-        return conditioning
+        return conditioning, None
     regions = _regions(taking.region, len(image))
     views = vision_pixels(image, tower.side, taking.fit, taking.mask, tower.patch, say)
     seen = _look(clip_vision, views, tower)
@@ -110,7 +110,7 @@ def apply_redux(
         weights = None if views.weights is None else views.weights[own]
         styles.append(_style(torch.cat(made[own]), weights, region, taking))
     change = partial(append_styles, styles=styles, stretch=comfy.utils.upscale_dit_mask)
-    return with_part(conditioning, change, start=taking.start, end=taking.end)
+    return with_part(conditioning, change, start=taking.start, end=taking.end), views.shown()
 
 
 def _look(clip_vision: Any, views: VisionViews, tower: Tower) -> list[Tensor]:

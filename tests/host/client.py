@@ -100,9 +100,13 @@ class Host:
 
     def pictures(self, prompt: Prompt) -> list[bytes]:
         """Run a prompt; gives every saved picture as PNG."""
-        outputs = self.succeed(prompt).outputs.values()
-        images = [image for out in outputs for image in out.get("images", ())]
-        return [self.get("/view?" + urllib.parse.urlencode(image)) for image in images]
+        outcome = self.succeed(prompt)
+        return self.pictures_of(outcome, *outcome.outputs, kind="output")
+
+    def pictures_of(self, outcome: Outcome, *names: str, kind: str | None = None) -> list[bytes]:
+        """The pictures that nodes gave, node by node, as PNG; ``kind`` is "output" for saved ones, "temp" for shown."""
+        images = [image for name in names for image in outcome.outputs[name].get("images", ())]
+        return [self.get("/view?" + urllib.parse.urlencode(one)) for one in images if kind in (None, one["type"])]
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Listener]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -107,9 +106,8 @@ def saved(image: list) -> dict:
 
 
 def pictures_of(host: Host, outcome: Outcome, *names: str) -> list[np.ndarray]:
-    """What nodes saved (H, W, 3), one each; others show pictures, too."""
-    images = [image for name in names for image in outcome.outputs[name]["images"]]
-    return [pixels(host.get("/view?" + urllib.parse.urlencode(image))) for image in images]
+    """What nodes saved or showed (H, W, 3), one each."""
+    return [pixels(png) for png in host.pictures_of(outcome, *names)]
 
 
 def apart(host: Host, prompt: Prompt, a: str, b: str, slots: tuple[int, int] = (0, 0)) -> float:
@@ -138,6 +136,24 @@ def test_what_the_mask_keeps_leaves_the_graph_bit_for_bit_as_it_came_in(host: Ho
     original, kept = loaded(host.base / "input" / "noise.png"), mask[..., 0] == 0
     assert (whole[kept] == original[kept]).all()
     assert (whole[~kept] != original[~kept]).any(axis=-1).mean() > 0.8
+
+
+def test_what_a_model_sees_of_a_hole_and_of_a_reference_is_shown(host: Host) -> None:
+    outcome = host.succeed(
+        with_pictures(
+            fill=fill(["blocks", 0], ["mask", 0]),
+            reference=reference(fit="crop"),
+            out=node("PreviewAny", source=["fill", 2]),
+            out_reference=node("PreviewAny", source=["reference", 1]),
+        )
+    )
+    holed, seen = pictures_of(host, outcome, "fill", "reference")
+    original, hidden = loaded(host.base / "input" / "blocks.png"), (holed == 127).all(axis=-1)
+    assert (holed[~hidden] == original[~hidden]).all()
+    assert 0.01 < hidden.mean() < 0.9
+    noise = loaded(host.base / "input" / "noise.png")
+    assert all(side % 16 == 0 for side in seen.shape[:2])
+    assert seen.shape[0] <= noise.shape[0]
 
 
 def test_a_grown_picture_holds_the_original_to_the_bit(host: Host) -> None:

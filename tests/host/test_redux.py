@@ -15,6 +15,7 @@ import pytest
 import torch
 from client import Host, Prompt, find_comfyui, prepare, serve
 from graph import core_sampler, node, our_sampler, start
+from pictures import pixels
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +32,7 @@ from tests.tiny import write_header_only
 HERE = Path(__file__).resolve().parent
 ADAPTER, TOWER = "redux.safetensors", "siglip.safetensors"
 TEXT, GRID = 32, 9  # tokens of the embedded encoder's prompt, and along a side of the embedded tower's picture
+LEVEL = 1.5 / 255  # a shown picture's levels are cut, not rounded
 CLOSE = 5e-4  # of the numbers' spread: fp32 in another order, the largest of many
 SAMPLED = 1e-3  # the same after some steps
 
@@ -183,6 +185,16 @@ def test_our_node_gives_the_same_with_our_models_and_the_cores(host: Host) -> No
     report = styled(host, redux("ours", **settings), redux("theirs", **settings), **half())
     assert report["text"] < CLOSE
     assert report["mask"] == 0
+
+
+def test_what_the_tower_sees_is_shown(host: Host) -> None:
+    shown = node("PreviewAny", source=["styled", 0])
+    outcome = host.succeed(styling(styled=redux(image="wide", fit="tiled"), shown=shown))
+    seen = [pixels(png) for png in host.pictures_of(outcome, "styled", kind="temp")]
+    picture = torch.tensor(np.array(Image.open(host.base / "input" / "wide.png").convert("RGB")))[None] / 255
+    wanted = vision_pixels(picture, SIGLIP_MINI.side, "tiled").shown()
+    assert len(seen) == len(wanted) > 1
+    assert all(np.abs(one / 255 - view.numpy()).max() < LEVEL for one, view in zip(seen, wanted, strict=True))
 
 
 def test_files_in_fp8_stay_packed_and_give_what_their_numbers_give(host: Host) -> None:

@@ -81,6 +81,16 @@ def test_padding_sees_all_of_the_picture_with_middle_grey_beside_it_that_weighs_
     assert 0 < views.weights.sum() < GRID**2
 
 
+def test_what_counts_of_a_view_is_shown_and_the_rest_is_grey():
+    picture, edge = ramp(SIDE, SIDE), 4 * PATCH
+    torch.testing.assert_close(vision_pixels(picture, SIDE).shown(), picture, rtol=0, atol=1 / 255)
+    mask = torch.zeros(1, SIDE, SIDE)
+    mask[:, :, edge:] = 1
+    shown = vision_pixels(picture, SIDE, mask=mask).shown()
+    torch.testing.assert_close(shown[:, :, edge:], picture[:, :, edge:], rtol=0, atol=1 / 255)
+    assert (shown[:, :, :edge] == 0.5).all()
+
+
 def vision_squeezed(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     array = (image[0] * 255).round().byte().numpy()
     resized = np.array(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC))
