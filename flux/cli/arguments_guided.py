@@ -98,7 +98,9 @@ def add_fill(commands: Commands) -> None:
         "--colour-match", type=float, default=0.0, metavar="SHARE",
         help="how far what was painted is given the colours around the mask, 0 to 1 (default: 0)",
     )  # fmt: skip
-    _add_strength(parser.add_argument_group("guide"))
+    guide = parser.add_argument_group("guide")
+    _add_strength(guide)
+    _add_denoise(guide, "what is there already is changed")
     add_shared(parser, FILL_MODELS)
 
 
@@ -219,6 +221,7 @@ def add_edit(commands: Commands) -> None:
     )  # fmt: skip
     _add_times(references)
     _add_region(references)
+    _add_denoise(references, "IMAGE is changed")
     references.add_argument(
         "--layout", choices=LAYOUTS, default=LAYOUTS[0], help="where several stand for the model (default: offset)"
     )
@@ -270,6 +273,12 @@ def _add_strengths(group: Group, says: str) -> None:
 def _add_times(group: Group) -> None:
     group.add_argument("--start", type=float, default=0.0, help="when it begins, as a fraction of the run (default: 0)")
     group.add_argument("--end", type=float, default=1.0, help="when it ends, likewise (default: 1)")
+
+
+def _add_denoise(group: Group, says: str) -> None:
+    group.add_argument(
+        "--denoise", type=float, default=1.0, help=f"how much {says}, 0 to 1; 1 begins with noise alone (default: 1)"
+    )
 
 
 def _add_region(group: Group) -> None:

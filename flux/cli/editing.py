@@ -10,7 +10,18 @@ from ..errors import UserError
 from ..pipelines.guided import ReferenceInput
 from ..preprocess.control import resize
 from ..preprocess.references import FittedReference, fit_reference
-from .engine import Desk, Job, as_numbers, as_pixels, channels_first, guide_of, picture_of, request_of, strengths_of
+from .engine import (
+    Desk,
+    Job,
+    as_numbers,
+    as_pixels,
+    beginning_of,
+    channels_first,
+    guide_of,
+    picture_of,
+    request_of,
+    strengths_of,
+)
 
 __all__ = ["make"]
 
@@ -38,8 +49,9 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
     ]
     size = fitted[0].size
     request = request_of(
-        arguments, desk.seed, width=size.padded_width, height=size.padded_height, inputs=inputs, layout=arguments.layout
-    )
+        arguments, desk.seed, width=size.padded_width, height=size.padded_height, inputs=inputs,
+        layout=arguments.layout, **beginning_of(arguments, fitted[0].picture),
+    )  # fmt: skip
     facts: dict[str, object] = {
         "command": "edit",
         "images": [path.name for path in paths],

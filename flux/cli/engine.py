@@ -20,8 +20,8 @@ from ..pipelines.text_to_image import FluxModel, Request
 from .files import ModelFiles
 
 __all__ = [
-    "Desk", "Job", "Warn", "as_numbers", "as_pixels", "channels_first", "guide_of", "make", "make_job", "mask_of",
-    "open_model", "picture_of", "request_of", "resolve_device", "strengths_of",
+    "Desk", "Job", "Warn", "as_numbers", "as_pixels", "beginning_of", "channels_first", "guide_of", "make", "make_job",
+    "mask_of", "open_model", "picture_of", "request_of", "resolve_device", "strengths_of",
 ]  # fmt: skip
 
 Warn = Callable[[str], None]
@@ -177,6 +177,11 @@ def guide_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "end": arguments.end,
         "region": None if region is None else mask_of(region)[None],
     }
+
+
+def beginning_of(arguments: argparse.Namespace, picture: Tensor) -> dict[str, Any]:
+    """What a request begins with by ``--denoise``: a picture (1, H, W, 3), or noise alone at 1."""
+    return {} if arguments.denoise == 1 else {"image": channels_first(picture), "denoise": arguments.denoise}
 
 
 def strengths_of(arguments: argparse.Namespace, count: int) -> list[float]:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,18 @@ from ..editing.outpaint import OutpaintPlan, extend, finish, plan_outpaint, plan
 from ..errors import UserError
 from ..images import origin_of
 from ..pipelines.guided import FillInput
-from .engine import Desk, Job, as_numbers, as_pixels, channels_first, guide_of, mask_of, picture_of, request_of
+from .engine import (
+    Desk,
+    Job,
+    as_numbers,
+    as_pixels,
+    beginning_of,
+    channels_first,
+    guide_of,
+    mask_of,
+    picture_of,
+    request_of,
+)
 
 __all__ = ["make"]
 
@@ -61,7 +73,8 @@ def _fill(arguments: argparse.Namespace, desk: Desk) -> Job:
         "colour_match": arguments.colour_match,
         "crop": [crop.box.left, crop.box.top, crop.box.width, crop.box.height],
     }
-    return _job(arguments, desk, crop.picture, crop.mask, stitched, facts, arguments.rounding)
+    begun = beginning_of(arguments, crop.picture)
+    return _job(arguments, desk, crop.picture, crop.mask, stitched, facts, arguments.rounding, **begun)
 
 
 def _crop_options(arguments: argparse.Namespace, desk: Desk, picture: Tensor) -> CropOptions:
@@ -112,12 +125,13 @@ def _job(
     finished: Finish,
     facts: dict[str, object],
     rounding: str = "soft",
+    **fields: Any,
 ) -> Job:
-    """To paint ``mask`` (1, H, W) in ``picture`` (1, H, W, 3)."""
+    """To paint ``mask`` (1, H, W) in ``picture`` (1, H, W, 3); further fields are the request's."""
     height, width = picture.shape[1:3]
     given = FillInput(
         picture=channels_first(picture), mask=mask[None], rounding=rounding, strength=arguments.strength,
         mask_checked=True, **guide_of(arguments),
     )  # fmt: skip
-    request = request_of(arguments, desk.seed, width=width, height=height, inputs=[given])
+    request = request_of(arguments, desk.seed, width=width, height=height, inputs=[given], **fields)
     return Job(desk.model, request, finished, facts)

@@ -47,6 +47,14 @@ def test_the_picture_and_what_it_is_shown_beside_decide(edit, picture):
     assert len({pixels.tobytes() for pixels, _, _ in drawn}) == len(drawn)
 
 
+def test_the_less_is_denoised_the_more_of_the_picture_is_left(edit, picture):
+    path, before = picture(32, 32)
+    drawn = [edit(path, "--denoise", share) for share in ("0", "0.3", "1")]
+    assert [settings["denoise"] for _, settings, _ in drawn] == [0, 0.3, 1]
+    apart = [np.abs(pixels.astype(int) - drawn[0][0]).mean() for pixels, _, _ in drawn]
+    assert 0 == apart[0] < apart[1] < apart[2]
+
+
 def test_a_reference_of_no_strength_is_none(edit, picture):
     one, two = (picture(32, 32, f"{seed}.png", seed)[0] for seed in (0, 1))
     assert np.array_equal(edit(one)[0], edit(one, "--reference", two, "--strength", "1,0")[0])

@@ -50,6 +50,18 @@ def test_inverted_the_rest_is_painted(guide, picture, mask, tmp_path):
     assert not np.array_equal(after[~inside], before[~inside])
 
 
+def test_the_less_is_denoised_the_more_is_left_of_what_was_there(guide, picture, mask, tmp_path):
+    path, _ = picture(48, 48)
+    hole, drawn = mask(48, 48, (8, 8, 40, 40)), []
+    for share in ("0", "0.3", "1"):
+        out = tmp_path / f"{share}.png"
+        assert guide("fill", "fill", path, hole, "x", "--no-crop", "--denoise", share, "--out", out).code == 0
+        drawn.append(pixels(out).astype(int))
+    apart = [np.abs(one - drawn[0]).mean() for one in drawn]
+    assert 0 == apart[0] < apart[1] < apart[2]
+    assert read_settings(tmp_path / "0.3.png")["denoise"] == 0.3
+
+
 def test_settings_tell_what_was_painted_and_the_record_names_every_file(guide, guided, picture, mask, tmp_path):
     path, _ = picture(64, 40)
     hole = mask(64, 40, (30, 10, 41, 22))
