@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from flux.cli.main import main
@@ -59,14 +58,6 @@ def guided(tmp_path_factory):
         write_module(folder / "redux.safetensors", Redux(REDUX_MINI), 8),
         write_module(folder / "siglip.safetensors", SiglipVision(SIGLIP_MINI), 9),
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

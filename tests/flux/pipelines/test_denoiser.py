@@ -11,20 +11,8 @@ import torch
 from flux.pipelines.denoiser import Guidance
 from flux.pipelines.denoising import prepared
 from flux.pipelines.guided import ControlInput, FillInput, empty_fill, fill_latents, guidance_of
-from tests.flux.pipelines.test_guided import (
-    CELLS,
-    CLOSE,
-    GUIDANCE,
-    PROMPT,
-    SIGMAS,
-    files,  # noqa: F401  # what ``parts`` is made of
-    fill,
-    lora,
-    noise,
-    parts,  # noqa: F401  # a fixture
-    relative_error,
-    rows,
-)
+from tests.guides import CELLS, CLOSE, GUIDANCE, PROMPT, SIGMAS, fill, lora, noise
+from tests.oracles import relative_error, rows
 
 SIZE = (32, 48)
 

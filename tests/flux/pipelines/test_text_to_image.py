@@ -22,14 +22,6 @@ SIDE, CELLS, STEPS = 32, 4, 3
 BLOCKS = TINY.double_blocks + TINY.single_blocks
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny"))
