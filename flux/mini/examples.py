@@ -102,9 +102,15 @@ class EditExample:
 
 @dataclass(frozen=True)
 class StyleExample:
-    """``picture`` shows what lies in ``keep`` (H, W) of ``reference``, with what ``prompt`` adds."""
+    """``picture`` shows the things that lie in ``keep`` (H, W) of ``reference``, with what ``prompt`` adds.
+
+    Attributes:
+        told: The sentence that asks for this picture without a reference.
+        scene: What is taken over of the reference, as it lies there.
+    """
 
     prompt: str
+    told: str
     picture: Image
     reference: Image
     keep: Mask
@@ -424,15 +430,39 @@ RESTYLED_SHARE = 0.25  # of those whose prompt sets another background
 
 
 def style_example(rng: random.Random, canvas: Canvas, *, held_out: bool = False) -> StyleExample:
-    """A scene as its own reference: all of it, one object of it, or with another background by the prompt."""
-    _, scene = scene_example(rng, canvas, held_out=held_out, sign_share=0.0)
+    """A scene as a reference: for the same things, for one of them, or for another background by the prompt.
+
+    The things of a scattered scene have no places in words, and stand in the picture where those without a place do, in
+    the order in which they lie.
+    """
+    request, scene = scene_example(rng, canvas, held_out=held_out, sign_share=0.0)
+    request = _in_order(request, scene)
     reference, keep, prompt = draw(scene), np.ones((scene.height, scene.width), np.float32), ""
-    shown = scene
+    shown, told = scene, replace(request, background=scene.background)
     if rng.random() < PARTLY_SHARE and len(scene.items) > 1:
         item = rng.choice(scene.items)
-        shown = replace(scene, items=(item,))
+        shown, told = replace(scene, items=(item,)), replace(_only(item), background=scene.background)
         keep = hole_around(item, scene, rng)
     elif rng.random() < RESTYLED_SHARE:
         colour = rng.choice([c for c in COLOURS if all(c != i.colour for i in scene.items)])
-        shown, prompt = replace(scene, background=colour), f"a {colour} background"
-    return StyleExample(prompt, draw(shown), reference, keep, shown)
+        shown, told = replace(scene, background=colour), replace(told, background=colour)
+        prompt = f"a {colour} background"
+    picture = draw(lay_out(told, rng, *canvas))
+    return StyleExample(prompt, text_of(phrase(told, rng)), picture, reference, keep, shown)
+
+
+def _in_order(request: Request, scene: Scene) -> Request:
+    """The same objects named as they lie, and so laid out alike: the top one of three first, the rest from the left."""
+    if request.relation is not None or any(wanted.position for wanted in request.objects):
+        return request
+    items = sorted(scene.items, key=lambda item: item.x)
+    if len(items) > 2:
+        first = min(items, key=lambda item: item.y)
+        items = [first, *(item for item in items if item is not first)]
+    kinds = [(item.shape, item.colour) for item in items]
+    ordered = sorted(request.objects, key=lambda wanted: kinds.index((wanted.shape, wanted.colour)))
+    return replace(request, objects=tuple(ordered))
+
+
+def _only(item: Item) -> Request:
+    return Request(objects=(Wanted(item.shape, item.colour),))

@@ -41,8 +41,9 @@ class FlowRecipe:
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
-    """The blocks' matrices, modulation apart."""
-    return "_blocks." in name and parameter.ndim == 2 and not any(part in name for part in ("_mod.", "modulation."))
+    """The blocks' matrices, modulation apart, and those of a vision tower's layers."""
+    within = "_blocks." in name or "encoder.layers." in name
+    return within and parameter.ndim == 2 and not any(part in name for part in ("_mod.", "modulation."))
 
 
 def run_stage(

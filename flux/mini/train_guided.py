@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,15 @@ class Bench:
     def text(self, prompts: Sequence[str], rng: random.Random) -> TextBatch:
         """Encoded prompts, a share of them empty."""
         return self.encoders.encode(["" if rng.random() < EMPTY_SHARE else prompt for prompt in prompts])
+
+    @cached_property
+    def unasked(self) -> TextBatch:
+        """The empty prompt."""
+        return self.encoders.encode([""])
+
+    def nothing(self, count: int) -> TextBatch:
+        """The empty prompt, ``count`` times."""
+        return TextBatch(self.unasked.tokens.expand(count, -1, -1), self.unasked.pooled.expand(count, -1))
 
 
 class Trainee:
@@ -223,11 +232,6 @@ def train_variant(
     seen: list[Tensor] = []
     tap = model.single_blocks[TAPPED_BLOCK].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
 
-    unasked = bench.encoders.encode([""])
-
-    def nothing(count: int) -> TextBatch:
-        return TextBatch(unasked.tokens.expand(count, -1, -1), unasked.pooled.expand(count, -1))
-
     def loss(step: int) -> Tensor:
         batch, rng = batches.at(step)
         noisy, times, guidance, target = noised(batch.latents, rng)
@@ -237,12 +241,9 @@ def train_variant(
                 predict_velocity, model, noisy, times,
                 guidance=guidance, channels=batch.channels, references=batch.references,
             )  # fmt: skip
-            velocity = predict(text=batch.text)
-            if pull:
-                with torch.no_grad():
-                    target = target + pull * (velocity - predict(text=nothing(len(noisy))))
+            error = _error(predict, batch, target, bench, pull)
         answers = head.loss(seen[0][:, batch.text.tokens.shape[1] :].float(), batch.labels)
-        return F.mse_loss(velocity.float(), target) + ANSWERS_WEIGHT * answers
+        return error + ANSWERS_WEIGHT * answers
 
     try:
         return run_stage(spec.name, model, loss, folder / f"{spec.name}.safetensors", recipe, seed, report, head)
@@ -250,10 +251,19 @@ def train_variant(
         tap.remove()
 
 
-def noised(latents: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy latents, times, guidance and packed targets."""
+def _error(predict: Callable[..., Tensor], batch: Batch, target: Tensor, bench: Bench, pull: float) -> Tensor:
+    """Of the velocity that ``predict`` gives for a batch's prompts; see ``train_variant`` for ``pull``."""
+    velocity = predict(text=batch.text)
+    if pull:
+        with torch.no_grad():
+            target = target + pull * (velocity - predict(text=bench.nothing(len(target))))
+    return F.mse_loss(velocity.float(), target)
+
+
+def noised(latents: Tensor, rng: random.Random, mean: float = TIME_MEAN) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noisy latents, times of a logit-normal distribution with this mean, guidance, and packed targets."""
     count, device = len(latents), latents.device
-    times = sample_times(count, mean=TIME_MEAN, deviation=TIME_DEVIATION).to(device)
+    times = sample_times(count, mean=mean, deviation=TIME_DEVIATION).to(device)
     noisy, target = flow_targets(latents, torch.randn_like(latents), times)
     guidance = torch.tensor([rng.uniform(*GUIDANCE_RANGE) for _ in range(count)], device=device)
     return noisy, times, guidance, pack(target)
@@ -322,8 +332,20 @@ def train_control_lora(
     *,
     seed: int,
     report: Report,
+    pull: float = 0.0,
 ) -> dict[str, Tensor]:
     """Train a control LoRA on the text model, from what can be extracted of the control model.
+
+    Args:
+        folder: Of its checkpoint.
+        task: What it follows.
+        base: The text model's weights.
+        full: The control model's.
+        bench: Encoders.
+        recipe: Steps and rates.
+        seed: Of what is drawn.
+        report: Told how far it is.
+        pull: See ``train_variant``.
 
     Returns:
         Its averaged tensors by Black Forest Labs' names.
@@ -343,8 +365,8 @@ def train_control_lora(
             torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32),
             attached(model, [trained.lora(name)]),
         ):
-            velocity = predict_velocity(model, noisy, times, batch.text, guidance, channels=batch.channels)
-        return F.mse_loss(velocity.float(), target)
+            predict = partial(predict_velocity, model, noisy, times, guidance=guidance, channels=batch.channels)
+            return _error(predict, batch, target, bench, pull)
 
     run_stage(name, trained, loss, folder / f"{name}.safetensors", recipe, seed, report)
     return {key: tensor.detach() for key, tensor in trained.named().items()}

@@ -1,14 +1,15 @@
-"""Train the embedded Redux: a small vision tower with its adapter, whose tokens the frozen text model understands.
+"""Train the embedded Redux: a small vision tower with its adapter, and the text model to heed their tokens.
 
 First both learn to say in the text encoder's own tokens what lies where: every cell of the tower's grid gives a token
-of the words for the object there. The frozen transformer alone, asked from nothing, taught a tower next to nothing.
-Then they learn by flow matching through it.
+of the words for the object there. Then they learn by flow matching through the text model, which learns to heed them.
 
 Shapes: B batch, N cells of the tower's grid, D the text tokens' width.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,24 +22,31 @@ from torch.nn import functional as F
 
 from ..models.flux1 import Flux1
 from ..models.redux import Redux
-from ..models.vision.siglip import SiglipVision
+from ..models.vision.siglip import PatchEmbeddings, SiglipVision
 from ..ops.dtypes import fast_dtype
 from ..preprocess.vision import reduce_grid, vision_pixels
 from ..specs.vision import REDUX_MINI, SIGLIP_MINI
 from ..training.flow import TextBatch, predict_velocity
 from .dataset import CANVASES, NATIVE
 from .examples import REACH, Image, scene_example, style_example
-from .language import Request, Span, phrase, text_of
+from .language import COLOURS, SHAPES, Request, Span, phrase, random_request, text_of
 from .loop import FlowRecipe, Report, run_stage
-from .scenes import Scene, draw
+from .scenes import Scene, draw, lay_out
+from .train_flow import TIME_MEAN
 from .train_guided import DRAWN_BATCHES, OTHER_SIZES_SHARE, Bench, noised
 from .train_text import token_owners
 
-__all__ = ["Style", "cells_of", "train_style", "train_words", "vision_view", "words_of"]
+__all__ = ["Listener", "Style", "cells_of", "start_tower", "train_style", "train_words", "vision_view", "words_of"]
 
 BYTE = 255
 COARSE_SHARE = 0.25  # of the steps with Redux tokens averaged to a coarser grid
 COARSE_GRIDS = (3, 5)
+PROMPTS_SHARE = 0.5  # of a batch: prompts alone, of which the text model keeps what it knows
+KEPT_WEIGHT = 1.0
+WORDS_WEIGHT, GROUND_WEIGHT = 0.25, 0.25  # beside what the head asks of cells with objects
+PATCHED_SCENES = 256  # whose patches the tower begins with
+LEAST_VARIANCE = 1e-5  # of a patch's principal directions, of the largest
+LONGEST_WAVE = 30.0  # of places, in cells over 2 pi
 LEFT_OUT = -1e4  # added to the logits of tokens that are left out
 GROUND = -1  # the cells of no object
 
@@ -114,82 +122,195 @@ def _columns(scene: Scene, request: Request, spans: list[Span], bench: Bench, gr
     return chosen
 
 
+@torch.no_grad()
+def start_tower(style: Style, views: Tensor) -> None:
+    """Have the tower see patches by their principal directions and places by waves, in place.
+
+    Most patches are of one colour. At random directions all are nearly alike but for it, and what a shape's outline
+    does to them is long to find; so all directions begin with the same variance. Waves make neighbours alike, which
+    lets attention find them.
+    """
+    embeddings: PatchEmbeddings = style.tower.vision_model.embeddings
+    weight, bias = embeddings.patch_embedding.weight, embeddings.patch_embedding.bias
+    places = embeddings.position_embedding
+    assert bias is not None
+    assert isinstance(places, nn.Embedding)
+    patch = weight.shape[-1]
+    patches = F.unfold(views, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()
+    mean = patches.mean(dim=0)
+    variances, directions = torch.linalg.eigh(torch.cov(patches.T))
+    variances, directions = variances[-len(weight) :], directions[:, -len(weight) :]
+    rows = (directions / (variances + LEAST_VARIANCE * variances.max()).sqrt()).T
+    weight.copy_(rows.reshape(weight.shape))
+    bias.copy_(-rows @ mean)
+    places.weight.copy_(_waves(SIGLIP_MINI.grid, len(weight)))
+
+
+def _waves(grid: int, width: int) -> Tensor:
+    """Sines and cosines (grid * grid, width) of rows and columns, of wavelengths from a few cells to many."""
+    lengths = LONGEST_WAVE ** (torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid)[:, None] / lengths
+    axis = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    return torch.cat((rows, columns), dim=-1).flatten(0, 1)
+
+
+class CellHead(nn.Module):
+    """Answers from a token what its cell shows, the shape and the colour; used in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape = nn.Linear(REDUX_MINI.text_width, len(SHAPES) + 1)  # the last is the ground
+        self.colour = nn.Linear(REDUX_MINI.text_width, len(COLOURS))
+
+    def loss(self, tokens: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        """Cross entropy of both, for tokens (B, N, D); (B, N)."""
+        grid = math.isqrt(tokens.shape[1])
+        answers = torch.tensor([[_answers(scene, item) for item in cells_of(scene, grid)] for scene in scenes])
+        shape, colour = answers.to(tokens.device).unbind(-1)
+        return _entropy(self.shape(tokens), shape) + _entropy(self.colour(tokens), colour)
+
+
+def _entropy(logits: Tensor, answers: Tensor) -> Tensor:
+    return F.cross_entropy(logits.movedim(-1, 1), answers, reduction="none")
+
+
+def _answers(scene: Scene, item: int) -> tuple[int, int]:
+    if item == GROUND:
+        return len(SHAPES), COLOURS.index(scene.background)
+    return SHAPES.index(scene.items[item].shape), COLOURS.index(scene.items[item].colour)
+
+
 def train_words(folder: Path, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report) -> Style:
-    """Train tower and adapter to say what they see; returns them with averaged weights."""
+    """Train tower and adapter to say what they see; returns them with averaged weights.
+
+    A head asks for shapes and colours, and counts most: the words of different shapes are nearly alike, and taught a
+    tower colours only.
+    """
     torch.manual_seed(seed)
-    style = Style().to(bench.device)
+    style = Style()
+    rng = random.Random(f"words/{seed}")
+    examples = [scene_example(rng, NATIVE, sign_share=0.0) for _ in range(PATCHED_SCENES)]
+    start_tower(style, torch.stack([vision_view(draw(scene)) for _, scene in examples]))
+    style, head = style.to(bench.device), CellHead().to(bench.device)
     compute = fast_dtype(torch.device(bench.device))
 
     def loss(step: int) -> Tensor:
         rng = random.Random(f"words/{seed}/{step}")
-        canvas = NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
+        canvas = _canvas(rng)
         seen = [scene_example(rng, canvas, sign_share=0.0) for _ in range(recipe.batch)]
         views = torch.stack([vision_view(draw(scene)) for _, scene in seen]).to(bench.device)
         wanted = words_of(seen, bench, SIGLIP_MINI.grid)
+        scenes = [scene for _, scene in seen]
+        things = torch.tensor([cells_of(scene, SIGLIP_MINI.grid) for scene in scenes], device=views.device) != GROUND
         with torch.autocast(views.device.type, compute, enabled=compute != torch.float32):
             tokens = style(views)
-        return F.mse_loss(tokens.float(), wanted) / wanted.var()
+        tokens = tokens.float()
+        words = WORDS_WEIGHT * (tokens - wanted).square().mean(dim=-1) / wanted.var()
+        errors = words + head.loss(tokens, scenes)
+        total: Tensor = errors[things].mean() + GROUND_WEIGHT * errors[~things].mean()
+        return total
 
-    return run_stage("style-words", style, loss, folder / "style-words.safetensors", recipe, seed, report)
+    return run_stage("style-words", style, loss, folder / "style-words.safetensors", recipe, seed, report, head)
+
+
+class Listener(nn.Module):
+    """A text model and what it learns to heed, trained together."""
+
+    def __init__(self, text: Flux1, style: Style) -> None:
+        super().__init__()
+        self.text, self.style = text, style
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Latents to learn, what the tower sees, which cells of it count (B, N as a grid), and prompts."""
+class Told:
+    """Latents with the prompts that ask for them."""
 
     latents: Tensor
-    views: Tensor
-    keep: Tensor
     text: TextBatch
 
 
-def _batch(bench: Bench, size: int, rng: random.Random) -> Batch:
-    canvas = NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
+@dataclass(frozen=True)
+class Shown(Told):
+    """Also what stands in the prompts' place: other prompts, what the tower sees, and which of it counts (B, N)."""
+
+    asked: TextBatch
+    views: Tensor
+    keep: Tensor
+
+
+def _told(bench: Bench, size: int, rng: random.Random) -> Told:
+    width, height = _canvas(rng)
+    requests = [random_request(rng) for _ in range(size)]
+    pictures = [draw(lay_out(request, rng, width, height)) for request in requests]
+    return Told(bench.latents(pictures), bench.text([text_of(phrase(request, rng)) for request in requests], rng))
+
+
+def _shown(bench: Bench, size: int, rng: random.Random) -> Shown:
+    canvas = _canvas(rng)
     examples = [style_example(rng, canvas) for _ in range(size)]
     kept = torch.from_numpy(np.stack([example.keep for example in examples]))
-    return Batch(
+    return Shown(
         bench.latents([example.picture for example in examples]),
-        torch.stack([vision_view(example.reference) for example in examples]).to(bench.device),
-        F.adaptive_max_pool2d(kept, SIGLIP_MINI.grid),
+        bench.encoders.encode([example.told for example in examples]),
         bench.encoders.encode([example.prompt for example in examples]),
+        torch.stack([vision_view(example.reference) for example in examples]).to(bench.device),
+        F.adaptive_max_pool2d(kept, SIGLIP_MINI.grid).to(bench.device),
     )
 
 
+def _canvas(rng: random.Random) -> tuple[int, int]:
+    return NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
+
+
 def train_style(
-    folder: Path, start: Style, model: Flux1, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report
-) -> Style:
-    """Train tower and adapter together through the frozen text model; returns them with averaged weights.
+    folder: Path, start: Listener, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report
+) -> Listener:
+    """Train tower, adapter and text model together; returns them with averaged weights.
+
+    A text model this small heeds no more tokens than a prompt has, nor any without CLIP's vector: with the very words
+    of a scene behind an empty prompt, it draws every third object. So it learns from itself: to predict from tokens
+    for a picture what it predicted from the words for it, and from words what it did.
 
     Args:
         folder: Of the checkpoint.
-        start: What ``train_words`` gave; it is trained on.
-        model: The text model.
+        start: The text model, with what ``train_words`` gave.
         bench: Encoders.
         recipe: Steps and rates.
         seed: Of what is drawn.
         report: Told how far it is.
     """
-    model.requires_grad_(False)
-    style = start.train().to(bench.device)
+    teacher = copy.deepcopy(start.text).requires_grad_(False).to(bench.device)
+    model = start.train().to(bench.device)
+    prompts = round(recipe.batch * PROMPTS_SHARE)
     compute = fast_dtype(torch.device(bench.device))
-    drawn: dict[int, Batch] = {}
+    drawn: dict[int, tuple[Told, Shown]] = {}
+
+    def error(batch: Told, rng: random.Random, text: TextBatch, bias: Tensor | None = None) -> Tensor:
+        noisy, times, guidance, _ = noised(batch.latents, rng, TIME_MEAN)
+        with torch.no_grad():
+            wanted = predict_velocity(teacher, noisy, times, batch.text, guidance)
+        apart = predict_velocity(model.text, noisy, times, text, guidance, bias=bias).float() - wanted.float()
+        return (apart / guidance[:, None, None]).square().mean()  # what words change is as large as the guidance
+
+    def followed(batch: Shown, rng: random.Random) -> Tensor:
+        grid = rng.choice(COARSE_GRIDS) if rng.random() < COARSE_SHARE else None
+        keep = batch.keep if grid is None else F.adaptive_max_pool2d(batch.keep, grid)
+        joined = torch.cat((batch.asked.tokens, model.style(batch.views, grid)), dim=1)
+        cells = batch.latents.shape[-2] // 2 * (batch.latents.shape[-1] // 2)
+        bias = _left_out(keep.flatten(1), batch.asked.tokens.shape[1], cells)
+        return error(batch, rng, TextBatch(joined, batch.asked.pooled), bias)
 
     def loss(step: int) -> Tensor:
         index, rng = step % DRAWN_BATCHES, random.Random(f"style/{seed}/{step}")
         if index not in drawn:
-            drawn[index] = _batch(bench, recipe.batch, random.Random(f"style/{seed}/drawn/{index}"))
-        batch = drawn[index]
-        noisy, times, guidance, target = noised(batch.latents, rng)
-        grid = rng.choice(COARSE_GRIDS) if rng.random() < COARSE_SHARE else None
-        keep = batch.keep if grid is None else F.adaptive_max_pool2d(batch.keep, grid)
-        with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
-            tokens = style(batch.views, grid)
-            joined = TextBatch(torch.cat((batch.text.tokens, tokens), dim=1), batch.text.pooled)
-            bias = _left_out(keep.flatten(1), batch.text.tokens.shape[1], target.shape[1]).to(noisy.device)
-            velocity = predict_velocity(model, noisy, times, joined, guidance, bias=bias)
-        return F.mse_loss(velocity.float(), target)
+            own = random.Random(f"style/{seed}/drawn/{index}")
+            drawn[index] = _told(bench, prompts, own), _shown(bench, recipe.batch - prompts, own)
+        told, shown = drawn[index]
+        with torch.autocast(bench.device, compute, enabled=compute != torch.float32):
+            return followed(shown, rng) + KEPT_WEIGHT * error(told, rng, told.text)
 
-    return run_stage("style", style, loss, folder / "style.safetensors", recipe, seed, report)
+    return run_stage("style", model, loss, folder / "style.safetensors", recipe, seed, report)
 
 
 def _left_out(keep: Tensor, before: int, behind: int) -> Tensor:

@@ -102,9 +102,13 @@ def test_a_whole_build_installs_files_that_open(short_build, capsys):
     with safe_open(files["ae"], "pt") as file:
         preview = json.loads(file.metadata()["preview"])
     assert (len(preview["factors"]), len(preview["bias"])) == (16, 3)
-    averaged, _ = load_checkpoint(folder / "guided.safetensors")
     shipped = load_file(files["flux1-mini"])
-    assert all(torch.equal(shipped[k], averaged[f"average.{k}"].bfloat16()) for k in shipped)
+    for stage, prefix in (("style", "average.text."), ("guided", "average.")):  # without Redux the one before it
+        averaged, _ = load_checkpoint(folder / f"{stage}.safetensors")
+        assert all(torch.equal(shipped[k], averaged[f"{prefix}{k}"].bfloat16()) for k in shipped)
+        (folder / "style.safetensors").unlink(missing_ok=True)
+        build.Builder(folder, 0, "cpu", compiled=False, report=lines.append).install(target)
+        shipped = load_file(files["flux1-mini"])
 
     for name, spec in (("flux1-mini", MINI), ("flux1-mini-schnell", MINI_SCHNELL)):
         shared = {kind: files[kind] for kind in ("clip", "t5")}
@@ -142,7 +146,9 @@ def test_guided_parts_are_installed_so_that_they_open(short_build):
         assert lora.channels == 64
     encoder = open_redux_encoder(target / SIGLIP_MINI_FILE.name, target / REDUX_MINI_FILE.name, cpu)
     assert (encoder.tower.spec, encoder.redux.spec) == (SIGLIP_MINI, REDUX_MINI)
-    assert sum("installed" in line for line in lines) == 8
+    listening, text = load_checkpoint(folder / "style.safetensors")[0], load_file(target / "flux1-mini.safetensors")
+    assert all(torch.equal(text[key], listening[f"average.text.{key}"].bfloat16()) for key in text)
+    assert sum("installed" in line for line in lines) == 9
 
 
 def test_training_goes_on_from_the_shipped_weights(short_build, monkeypatch, capsys):

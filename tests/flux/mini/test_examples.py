@@ -19,7 +19,7 @@ from flux.mini.examples import (
     style_example,
 )
 from flux.mini.language import is_held_out
-from flux.mini.scenes import LATTICE, RADII, draw, shape_mask
+from flux.mini.scenes import LATTICE, PALETTE, RADII, draw, shape_mask
 
 CANVAS = (128, 112)
 SHAPE = (112, 128)
@@ -115,10 +115,18 @@ def test_a_grid_has_even_lines_both_ways():
     assert lines.any()
 
 
+def has(picture, colour):
+    """Whether a picture has pixels of a colour."""
+    return bool((picture == PALETTE[colour]).all(-1).any())
+
+
 def test_a_reference_keeps_what_the_picture_shows():
     for example in examples(lambda rng: style_example(rng, CANVAS)):
         shown = {(item.shape, item.colour) for item in example.scene.items}
-        assert np.array_equal(example.picture, draw(example.scene))
+        assert all(has(example.picture, colour) for _, colour in shown)
+        assert has(example.picture, example.scene.background)
+        assert all(word in example.told.lower() for kind in shown for word in kind)
+        assert example.scene.background in example.told
         if not example.keep.all():
             (kind,) = shown
             assert example.prompt == ""

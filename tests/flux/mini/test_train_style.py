@@ -6,17 +6,34 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from flux.mini import train_style as train_style_module
 from flux.mini.build import Builder
 from flux.mini.examples import scene_example
-from flux.mini.language import Request, Wanted, phrase, text_of
+from flux.mini.files import MINI as MINI_FILES
+from flux.mini.language import Request, Wanted, phrase, random_request, text_of
 from flux.mini.loop import FlowRecipe
 from flux.mini.scenes import Item, Scene, draw, lay_out
-from flux.mini.train_style import GROUND, Style, cells_of, train_words, vision_view, words_of
+from flux.mini.train_style import (
+    GROUND,
+    Listener,
+    Style,
+    cells_of,
+    start_tower,
+    train_style,
+    train_words,
+    vision_view,
+    words_of,
+)
+from flux.models.flux1 import Flux1
+from flux.specs.flux1 import MINI
 from flux.specs.vision import SIGLIP_MINI
+from flux.training.flow import predict_velocity
 
 GRID = 8
-STEPS = 30
+STEPS = 80
+KEPT_STRONGLY = 30.0  # so that it shows within a few steps
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +75,87 @@ def test_every_scene_can_be_said(bench, seed):
     assert bool(torch.isfinite(words).all())
 
 
+@torch.inference_mode()
+def test_a_tower_begins_with_patches_whose_directions_vary_alike_and_neighbours_that_are():
+    torch.manual_seed(0)
+    style, rng = Style(), random.Random(0)
+    pictures = [draw(scene_example(rng, (128, 128), sign_share=0.0)[1]) for _ in range(64)]
+    views = torch.stack([vision_view(picture) for picture in pictures])
+    before = spread(style, views)
+    start_tower(style, views)
+    after = spread(style, views)
+    assert before[-10] < 1e-2 * before[-1]  # all but a few directions see next to nothing
+    assert after[-10] > 0.9
+    assert after[-1] < 1.1
+    places = style.tower.vision_model.embeddings.position_embedding.weight
+    apart = torch.cdist(places, places).reshape(*[SIGLIP_MINI.grid] * 4)[4, 4]
+    assert apart[4, 5] < apart[4, 6] < apart[4, 8]
+    assert apart[3, 4] < apart[2, 4] < apart[0, 4]
+
+
+def spread(style, views):
+    """Variances of what the tower sees of patches along its principal directions, least first."""
+    seen = style.tower.vision_model.embeddings.patch_embedding(views).flatten(2).movedim(1, -1).flatten(0, 1)
+    return torch.linalg.eigvalsh(torch.cov(seen.T.double()))
+
+
 def test_training_gets_nearer_to_the_words_and_goes_on_where_it_stopped(bench, tmp_path):
-    told, recipe = [], FlowRecipe(steps=STEPS, decay=10, batch=8)
+    told, recipe = [], FlowRecipe(steps=STEPS, decay=10, batch=16)
     trained = train_words(tmp_path, bench, recipe, seed=0, report=told.append)
-    assert error(trained, bench) < 0.9 * error(Style().eval(), bench)
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in told]
+    assert losses[-1] < 0.96 * losses[0]
     again = train_words(tmp_path, bench, recipe, seed=0, report=told.append)
     assert told[-1].endswith(f"resumed at step {STEPS}")
-    assert error(again, bench) == error(trained, bench)
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), trained.state_dict().values(), strict=True)
+    )
 
 
-def error(style, bench):
-    """Of what is said about scenes that were not seen, to the variance of what is to be said."""
-    seen = [scene_example(random.Random(f"unseen {index}"), (128, 128), sign_share=0.0) for index in range(16)]
-    wanted = words_of(seen, bench, SIGLIP_MINI.grid)
-    with torch.inference_mode():
-        said = style(torch.stack([vision_view(draw(scene)) for _, scene in seen]))
-    return float((said - wanted).square().mean() / wanted.var())
+@pytest.fixture(scope="module")
+def listeners(bench, tmp_path_factory):
+    """What training starts from, what it reaches where prompts count much, and where they count nothing."""
+    folder, recipe = tmp_path_factory.mktemp("listeners"), FlowRecipe(steps=20, decay=10, batch=8, learning_rate=5e-4)
+    reached = []
+    for weight in (KEPT_STRONGLY, 0.0):
+        own = folder / str(weight)
+        own.mkdir()
+        torch.manual_seed(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_style_module, "KEPT_WEIGHT", weight)
+            reached.append(train_style(own, started(), bench, recipe, seed=0, report=lambda line: None))
+    return started(), *reached
+
+
+def started():
+    torch.manual_seed(2)
+    model = Flux1(MINI)
+    model.load_state_dict({key: value.float() for key, value in load_file(MINI_FILES.transformer).items()})
+    return Listener(model, Style())
+
+
+def test_training_moves_tower_adapter_and_text_model(listeners):
+    start, reached, _ = listeners
+    for name in ("text.double_blocks.0.img_mlp.0.weight", "style.redux.redux_up.weight"):
+        assert not torch.equal(reached.state_dict()[name], start.state_dict()[name])
+    tower = [key for key in start.state_dict() if key.startswith("style.tower.") and key.endswith("weight")]
+    assert all(not torch.equal(reached.state_dict()[key], start.state_dict()[key]) for key in tower)
+
+
+def test_the_text_model_keeps_what_it_does_with_prompts(listeners, bench):
+    start, kept, free = listeners
+    assert prompted(kept, start, bench) < 0.8 * prompted(free, start, bench)
+
+
+@torch.inference_mode()
+def prompted(listener, start, bench):
+    """How far apart two text models predict, for prompts alone."""
+    generator = torch.Generator().manual_seed(3)
+    noisy = torch.randn(8, 16, 16, 16, generator=generator)
+    text = bench.encoders.encode(
+        [text_of(phrase(random_request(random.Random(i)), random.Random(i))) for i in range(8)]
+    )
+    times, guidance = torch.linspace(0.2, 1, 8), torch.full((8,), 3.0)
+    return float(
+        (predict_velocity(listener.text, noisy, times, text, guidance)
+         - predict_velocity(start.text, noisy, times, text, guidance)).square().mean()
+    )  # fmt: skip
