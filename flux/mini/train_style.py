@@ -42,7 +42,7 @@ BYTE = 255
 COARSE_SHARE = 0.25  # of the steps with Redux tokens averaged to a coarser grid
 COARSE_GRIDS = (3, 5)
 PROMPTS_SHARE = 0.5  # of a batch: prompts alone, of which the text model keeps what it knows
-KEPT_WEIGHT = 1.0
+KEPT_WEIGHT = 3.0
 WORDS_WEIGHT, GROUND_WEIGHT = 0.25, 0.25  # beside what the head asks of cells with objects
 PATCHED_SCENES = 256  # whose patches the tower begins with
 LEAST_VARIANCE = 1e-5  # of a patch's principal directions, of the largest
@@ -282,6 +282,9 @@ def train_style(
     """
     teacher = copy.deepcopy(start.text).requires_grad_(False).to(bench.device)
     model = start.train().to(bench.device)
+    for embedder in (model.text.time_in, model.text.vector_in, model.text.guidance_in):
+        if embedder is not None:
+            embedder.requires_grad_(False)  # numbers mean what they did; steps of this size move the guidance's far
     prompts = round(recipe.batch * PROMPTS_SHARE)
     compute = fast_dtype(torch.device(bench.device))
     drawn: dict[int, tuple[Told, Shown]] = {}
