@@ -149,8 +149,9 @@ def test_what_a_model_sees_of_a_hole_and_of_a_reference_is_shown(host: Host) -> 
     )
     holed, seen = pictures_of(host, outcome, "fill", "reference")
     original, hidden = loaded(host.base / "input" / "blocks.png"), (holed == 127).all(axis=-1)
-    assert (holed[~hidden] == original[~hidden]).all()
-    assert 0.01 < hidden.mean() < 0.9
+    kept = (holed == original).all(axis=-1)
+    assert 0.05 < hidden.mean() < 0.5
+    assert 0.9 < kept.mean() + hidden.mean() < 1  # the mask's edges are soft
     noise = loaded(host.base / "input" / "noise.png")
     assert all(side % 16 == 0 for side in seen.shape[:2])
     assert seen.shape[0] <= noise.shape[0]
