@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.autoencoder import Autoencoder
-from ..ops.dtypes import fast_dtype
+from ..ops.dtypes import mixed_precision
 from ..specs.autoencoder import MINI
 from ..training.checkpoints import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from ..training.ema import Ema
@@ -175,8 +175,7 @@ def _fix_posterior(model: Autoencoder) -> None:
 
 def _loss(model: Autoencoder, batch: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
     """Training loss, and the mean squared error of pixels in 0..1."""
-    compute = fast_dtype(batch.device)
-    with torch.autocast(batch.device.type, compute, enabled=compute != torch.float32):
+    with mixed_precision(batch.device):
         latents = model.to_model(model.encode_mean(batch).float())
         noisy = latents + LATENT_NOISE * torch.randn_like(latents)
         decoded = model.decode(noisy).float()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..models.flux1 import Flux1
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
-from ..ops.dtypes import fast_dtype
+from ..ops.dtypes import mixed_precision
 from ..sampling.packing import pack, unpack
 from ..sampling.schedules import make_schedule
 from ..specs.flux1 import MINI, MINI_SCHNELL
@@ -66,8 +66,7 @@ class FrozenEncoders:
         device = next(self.t5.parameters()).device
         t5_ids = torch.tensor([self.t5_tokenizer(p).ids for p in prompts], device=device)
         clip_ids = torch.tensor([self.clip_tokenizer(p).ids for p in prompts], device=device)
-        compute = fast_dtype(device)
-        with torch.autocast(device.type, compute, enabled=compute != torch.float32):
+        with mixed_precision(device):
             tokens, pooled = self.t5(t5_ids), self.clip(clip_ids)[1]
         return TextBatch(tokens.float(), pooled.float())
 
@@ -100,10 +99,6 @@ class Batches:
         device = self.empty.tokens.device
         labels = self.data.labels[canvas][picks].to(device)
         return pool[picks].float().to(device), self.encoders.encode(prompts), labels, rng
-
-    def empty_batch(self, count: int) -> TextBatch:
-        """The empty prompt, ``count`` times."""
-        return TextBatch(self.empty.tokens.expand(count, -1, -1), self.empty.pooled.expand(count, -1))
 
 
 def train_base(
@@ -174,7 +169,7 @@ def train_guided(
         noisy, _ = flow_targets(latents, torch.randn_like(latents), times)
         guidance = torch.tensor([rng.uniform(*GUIDANCE_RANGE) for _ in range(count)], device=device)
         with torch.no_grad():
-            both = text.joined(batches.empty_batch(count))
+            both = text.joined(batches.empty.repeated(count))
             answers = teach(noisy.repeat(2, 1, 1, 1), times.repeat(2), both, None).float()
             positive, negative = answers.chunk(2)
             target = negative + guidance[:, None, None] * (positive - negative)
@@ -260,13 +255,12 @@ def initialise(model: Flux1) -> None:
 
 def _compiled(model: Flux1, recipe: FlowRecipe) -> Callable[[Tensor, Tensor, TextBatch, Tensor | None], Tensor]:
     """The velocity in mixed precision, compiled for the native size where the recipe says so."""
-    compute = fast_dtype(next(model.parameters()).device)
     fast = torch.compile(predict_velocity, dynamic=False) if recipe.compile else predict_velocity
     native = (NATIVE[1] // 8, NATIVE[0] // 8)
 
     def velocity(noisy: Tensor, times: Tensor, text: TextBatch, guidance: Tensor | None) -> Tensor:
         run = fast if noisy.shape[-2:] == native else predict_velocity
-        with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
+        with mixed_precision(noisy.device):
             return run(model, noisy, times, text, guidance)
 
     return velocity

@@ -26,7 +26,7 @@ from ..adapters.channels import fill_channels
 from ..adapters.control_lora import ControlLora, attached, control_lora_of, control_lora_tensors
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
-from ..ops.dtypes import fast_dtype
+from ..ops.dtypes import mixed_precision
 from ..sampling.packing import pack
 from ..specs.flux1 import MINI, Flux1Spec
 from ..training.flow import TextBatch, flow_targets, predict_velocity, sample_times
@@ -39,8 +39,8 @@ from .train_autoencoder import pixels_from_bytes
 from .train_flow import ANSWERS_WEIGHT, TAPPED_BLOCK, FrozenEncoders, SceneHead
 
 __all__ = [
-    "DRAWN_BATCHES", "OTHER_SIZES_SHARE", "Bench", "Trainee", "channels_of_hole", "extracted_lora", "noised",
-    "train_control_lora", "train_variant", "trained_lora_tensors", "widened_start",
+    "DRAWN_BATCHES", "Bench", "Trainee", "channels_of_hole", "extracted_lora", "noised",
+    "random_canvas", "train_control_lora", "train_variant", "trained_lora_tensors", "widened_start",
 ]  # fmt: skip
 
 OTHER_SIZES_SHARE = 0.4  # of the steps, on another canvas than the native one
@@ -48,10 +48,8 @@ DRAWN_BATCHES = 600  # then they come again, with other noise: to draw and encod
 EMPTY_SHARE = 0.1
 UNGUIDED_SHARE = 0.1
 GUIDANCE_RANGE = (1.0, 6.0)
-TIME_MEAN, TIME_DEVIATION = (
-    0.6,
-    1.4,
-)  # lower than the text model's: where things are is told, edges are still to be drawn
+# Lower than the text model's: where things are is told, edges are still to be drawn.
+TIME_MEAN, TIME_DEVIATION = 0.6, 1.4
 BYTE = 255
 
 
@@ -93,9 +91,10 @@ class Bench:
         """The empty prompt."""
         return self.encoders.encode([""])
 
-    def nothing(self, count: int) -> TextBatch:
-        """The empty prompt, ``count`` times."""
-        return TextBatch(self.unasked.tokens.expand(count, -1, -1), self.unasked.pooled.expand(count, -1))
+
+def random_canvas(rng: random.Random) -> tuple[int, int]:
+    """Width and height of a step's pictures."""
+    return NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
 
 
 class Trainee:
@@ -120,7 +119,7 @@ class Trainee:
         return self._kept[index], random.Random(f"{self.seed}/noise/{step}")
 
     def _drawn(self, rng: random.Random) -> Batch:
-        canvas = NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
+        canvas = random_canvas(rng)
         makers: dict[str, Callable[[random.Random, tuple[int, int]], Batch]] = {
             "fill": self._fill, "canny": self._control, "depth": self._control, "edit": self._edit,
         }  # fmt: skip
@@ -227,7 +226,6 @@ def train_variant(
     model = Flux1(spec).to(bench.device)
     model.load_state_dict(widened_start(spec, start))
     batches = Trainee(spec.task, bench, recipe.batch, f"{spec.name}/{seed}")
-    compute = fast_dtype(torch.device(bench.device))
     head = SceneHead(spec.hidden).to(bench.device)
     seen: list[Tensor] = []
     tap = model.single_blocks[TAPPED_BLOCK].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
@@ -236,7 +234,7 @@ def train_variant(
         batch, rng = batches.at(step)
         noisy, times, guidance, target = noised(batch.latents, rng)
         seen.clear()
-        with torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32):
+        with mixed_precision(noisy.device):
             predict = partial(
                 predict_velocity, model, noisy, times,
                 guidance=guidance, channels=batch.channels, references=batch.references,
@@ -256,7 +254,7 @@ def _error(predict: Callable[..., Tensor], batch: Batch, target: Tensor, bench: 
     velocity = predict(text=batch.text)
     if pull:
         with torch.no_grad():
-            target = target + pull * (velocity - predict(text=bench.nothing(len(target))))
+            target = target + pull * (velocity - predict(text=bench.unasked.repeated(len(target))))
     return F.mse_loss(velocity.float(), target)
 
 
@@ -356,13 +354,12 @@ def train_control_lora(
     name = f"{task}-lora"
     trained = TrainedLora(extracted_lora(base, full, LORA_RANK, name)).to(bench.device)
     batches = Trainee(task, bench, recipe.batch, f"{name}/{seed}")
-    compute = fast_dtype(torch.device(bench.device))
 
     def loss(step: int) -> Tensor:
         batch, rng = batches.at(step)
         noisy, times, guidance, target = noised(batch.latents, rng)
         with (
-            torch.autocast(noisy.device.type, compute, enabled=compute != torch.float32),
+            mixed_precision(noisy.device),
             attached(model, [trained.lora(name)]),
         ):
             predict = partial(predict_velocity, model, noisy, times, guidance=guidance, channels=batch.channels)

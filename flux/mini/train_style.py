@@ -9,7 +9,6 @@ Shapes: B batch, N cells of the tower's grid, D the text tokens' width.
 from __future__ import annotations
 
 import copy
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,17 +22,17 @@ from torch.nn import functional as F
 from ..models.flux1 import Flux1
 from ..models.redux import Redux
 from ..models.vision.siglip import PatchEmbeddings, SiglipVision
-from ..ops.dtypes import fast_dtype
+from ..ops.dtypes import mixed_precision
 from ..preprocess.vision import reduce_grid, vision_pixels
 from ..specs.vision import REDUX_MINI, SIGLIP_MINI
 from ..training.flow import TextBatch, predict_velocity
-from .dataset import CANVASES, NATIVE
+from .dataset import NATIVE
 from .examples import REACH, Image, scene_example, style_example
 from .language import COLOURS, SHAPES, Request, Span, phrase, random_request, text_of
 from .loop import FlowRecipe, Report, run_stage
 from .scenes import Scene, draw, lay_out
 from .train_flow import TIME_MEAN
-from .train_guided import DRAWN_BATCHES, OTHER_SIZES_SHARE, Bench, noised
+from .train_guided import DRAWN_BATCHES, Bench, noised, random_canvas
 from .train_text import token_owners
 
 __all__ = ["Listener", "Style", "cells_of", "start_tower", "train_style", "train_words", "vision_view", "words_of"]
@@ -48,7 +47,7 @@ PATCHED_SCENES = 256  # whose patches the tower begins with
 LEAST_VARIANCE = 1e-5  # of a patch's principal directions, of the largest
 LONGEST_WAVE = 30.0  # of places, in cells over 2 pi
 LEFT_OUT = -1e4  # added to the logits of tokens that are left out
-GROUND = -1  # the cells of no object
+GROUND = -1  # the item of cells that show none
 
 
 class Style(nn.Module):
@@ -163,11 +162,9 @@ class CellHead(nn.Module):
         self.shape = nn.Linear(REDUX_MINI.text_width, len(SHAPES) + 1)  # the last is the ground
         self.colour = nn.Linear(REDUX_MINI.text_width, len(COLOURS))
 
-    def loss(self, tokens: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        """Cross entropy of both, for tokens (B, N, D); (B, N)."""
-        grid = math.isqrt(tokens.shape[1])
-        answers = torch.tensor([[_answers(scene, item) for item in cells_of(scene, grid)] for scene in scenes])
-        shape, colour = answers.to(tokens.device).unbind(-1)
+    def forward(self, tokens: Tensor, answers: Tensor) -> Tensor:
+        """Cross entropy (B, N) of both, for tokens (B, N, D) and ``cell_answers`` of each scene (B, N, 2)."""
+        shape, colour = answers.unbind(-1)
         return _entropy(self.shape(tokens), shape) + _entropy(self.colour(tokens), colour)
 
 
@@ -175,10 +172,11 @@ def _entropy(logits: Tensor, answers: Tensor) -> Tensor:
     return F.cross_entropy(logits.movedim(-1, 1), answers, reduction="none")
 
 
-def _answers(scene: Scene, item: int) -> tuple[int, int]:
-    if item == GROUND:
-        return len(SHAPES), COLOURS.index(scene.background)
-    return SHAPES.index(scene.items[item].shape), COLOURS.index(scene.items[item].colour)
+def cell_answers(scene: Scene, grid: int) -> list[tuple[int, int]]:
+    """For each cell of a grid over a scene which shape and which colour it shows; the ground's shape is one more."""
+    kinds = [(SHAPES.index(item.shape), COLOURS.index(item.colour)) for item in scene.items]
+    kinds.append((len(SHAPES), COLOURS.index(scene.background)))  # found by ``GROUND``
+    return [kinds[item] for item in cells_of(scene, grid)]
 
 
 def train_words(folder: Path, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report) -> Style:
@@ -193,21 +191,20 @@ def train_words(folder: Path, bench: Bench, recipe: FlowRecipe, *, seed: int, re
     examples = [scene_example(rng, NATIVE, sign_share=0.0) for _ in range(PATCHED_SCENES)]
     start_tower(style, torch.stack([vision_view(draw(scene)) for _, scene in examples]))
     style, head = style.to(bench.device), CellHead().to(bench.device)
-    compute = fast_dtype(torch.device(bench.device))
 
     def loss(step: int) -> Tensor:
         rng = random.Random(f"words/{seed}/{step}")
-        canvas = _canvas(rng)
+        canvas = random_canvas(rng)
         seen = [scene_example(rng, canvas, sign_share=0.0) for _ in range(recipe.batch)]
         views = torch.stack([vision_view(draw(scene)) for _, scene in seen]).to(bench.device)
         wanted = words_of(seen, bench, SIGLIP_MINI.grid)
-        scenes = [scene for _, scene in seen]
-        things = torch.tensor([cells_of(scene, SIGLIP_MINI.grid) for scene in scenes], device=views.device) != GROUND
-        with torch.autocast(views.device.type, compute, enabled=compute != torch.float32):
+        answers = torch.tensor([cell_answers(scene, SIGLIP_MINI.grid) for _, scene in seen], device=views.device)
+        things = answers[..., 0] < len(SHAPES)
+        with mixed_precision(views.device):
             tokens = style(views)
         tokens = tokens.float()
         words = WORDS_WEIGHT * (tokens - wanted).square().mean(dim=-1) / wanted.var()
-        errors = words + head.loss(tokens, scenes)
+        errors = words + head(tokens, answers)
         total: Tensor = errors[things].mean() + GROUND_WEIGHT * errors[~things].mean()
         return total
 
@@ -240,14 +237,14 @@ class Shown(Told):
 
 
 def _told(bench: Bench, size: int, rng: random.Random) -> Told:
-    width, height = _canvas(rng)
+    width, height = random_canvas(rng)
     requests = [random_request(rng) for _ in range(size)]
     pictures = [draw(lay_out(request, rng, width, height)) for request in requests]
     return Told(bench.latents(pictures), bench.text([text_of(phrase(request, rng)) for request in requests], rng))
 
 
 def _shown(bench: Bench, size: int, rng: random.Random) -> Shown:
-    canvas = _canvas(rng)
+    canvas = random_canvas(rng)
     examples = [style_example(rng, canvas) for _ in range(size)]
     kept = torch.from_numpy(np.stack([example.keep for example in examples]))
     return Shown(
@@ -257,10 +254,6 @@ def _shown(bench: Bench, size: int, rng: random.Random) -> Shown:
         torch.stack([vision_view(example.reference) for example in examples]).to(bench.device),
         F.adaptive_max_pool2d(kept, SIGLIP_MINI.grid).to(bench.device),
     )
-
-
-def _canvas(rng: random.Random) -> tuple[int, int]:
-    return NATIVE if rng.random() > OTHER_SIZES_SHARE else rng.choice(CANVASES)
 
 
 def train_style(
@@ -286,7 +279,6 @@ def train_style(
         if embedder is not None:
             embedder.requires_grad_(False)  # numbers mean what they did; steps of this size move the guidance's far
     prompts = round(recipe.batch * PROMPTS_SHARE)
-    compute = fast_dtype(torch.device(bench.device))
     drawn: dict[int, tuple[Told, Shown]] = {}
 
     def error(batch: Told, rng: random.Random, text: TextBatch, bias: Tensor | None = None) -> Tensor:
@@ -310,7 +302,7 @@ def train_style(
             own = random.Random(f"style/{seed}/drawn/{index}")
             drawn[index] = _told(bench, prompts, own), _shown(bench, recipe.batch - prompts, own)
         told, shown = drawn[index]
-        with torch.autocast(bench.device, compute, enabled=compute != torch.float32):
+        with mixed_precision(bench.device):
             return followed(shown, rng) + KEPT_WEIGHT * error(told, rng, told.text)
 
     return run_stage("style", model, loss, folder / "style.safetensors", recipe, seed, report)

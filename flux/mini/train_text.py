@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..models.text.clip import ClipText
 from ..models.text.t5 import SelfAttention, T5Encoder
-from ..ops.dtypes import fast_dtype
+from ..ops.dtypes import mixed_precision
 from ..specs.text import CLIP_MINI, T5_MINI
 from ..training.checkpoints import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from ..training.muon import Muon, split_parameters
@@ -156,8 +156,7 @@ class _Learner(nn.Module):
         """How far off the answers to each question are, as a scalar each."""
         ids, answers = token_batch(prompts, self.t5_tokenizer)
         clip_ids = torch.tensor([self.clip_tokenizer(text_of(spans)).ids for _, spans in prompts])
-        compute = fast_dtype("cpu")
-        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+        with mixed_precision("cpu"):
             hidden, pooled = self.t5(ids).float(), self.clip(clip_ids)[1].float()
         losses = {
             q: F.cross_entropy(head(hidden).flatten(0, 1), answers[q].flatten(), ignore_index=IGNORED)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["clamp_to_range", "compute_dtype", "fast_dtype"]
+__all__ = ["clamp_to_range", "compute_dtype", "fast_dtype", "mixed_precision"]
 
 PROBE_ROWS, PROBE_WIDTH = 256, 512
 PROBE_REPEATS = 3
@@ -24,6 +24,12 @@ FP16_LIMIT = torch.finfo(torch.float16).max  # 65504
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """The faster of bf16 and fp32 for matrix products on ``device``."""
     return _fast_dtype(torch.device(device).type)
+
+
+def mixed_precision(device: torch.device | str) -> torch.autocast:
+    """Matrix products in ``fast_dtype`` inside the block, for training; as they are where that is fp32."""
+    dtype = fast_dtype(device)
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 @functools.cache

@@ -32,6 +32,10 @@ class TextBatch:
             torch.where(mask[:, None], other.pooled, self.pooled),
         )
 
+    def repeated(self, count: int) -> TextBatch:
+        """Its only row ``count`` times."""
+        return TextBatch(self.tokens.expand(count, -1, -1), self.pooled.expand(count, -1))
+
     def joined(self, other: TextBatch) -> TextBatch:
         """Own rows, then those of ``other``."""
         return TextBatch(torch.cat((self.tokens, other.tokens)), torch.cat((self.pooled, other.pooled)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -32,20 +33,26 @@ def load_pack() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The root package; its ``nodes`` can be imported while the fixture lives."""
-    fakes = modules(tmp_path_factory.mktemp("models"))
+@contextlib.contextmanager
+def in_place_of(fakes: Mapping[str, ModuleType]) -> Iterator[None]:
+    """Modules under the names of others; in the end those are back."""
     before = {name: sys.modules.get(name) for name in fakes}
     sys.modules.update(fakes)
-    yield load_pack()
-    for name in [name for name in sys.modules if name == NAME or name.startswith(NAME + ".")]:
-        del sys.modules[name]
+    yield
     for name, module in before.items():
         if module is None:
             del sys.modules[name]
         else:
             sys.modules[name] = module
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The root package; its ``nodes`` can be imported while the fixture lives."""
+    with in_place_of(modules(tmp_path_factory.mktemp("models"))):
+        yield load_pack()
+        for name in [name for name in sys.modules if name == NAME or name.startswith(NAME + ".")]:
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -59,17 +66,11 @@ def load(pack: ModuleType, part: Callable[[str], ModuleType]) -> Iterator[Callab
     """``part``, with the host's internals faked; what was imported with them is forgotten in the end."""
     fakes = internals()
     before = set(sys.modules)
-    replaced = {name: sys.modules.get(name) for name in fakes}
-    sys.modules.update(fakes)
-    yield part
-    for name in set(sys.modules) - before - set(fakes):
-        if ".nodes." in name:
-            del sys.modules[name]
-    for name, module in replaced.items():
-        if module is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = module
+    with in_place_of(fakes):
+        yield part
+        for name in set(sys.modules) - before - set(fakes):
+            if ".nodes." in name:
+                del sys.modules[name]
 
 
 @pytest.fixture

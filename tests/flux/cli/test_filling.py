@@ -204,3 +204,12 @@ def test_the_profile_stays_and_what_is_lost_of_a_picture_is_told(guide, mask, tm
     on_white = Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), Image.fromarray(levels))
     kept = slice(16, 32) if command == "fill" else slice(0, 32)
     assert np.array_equal(pixels(out)[:, kept], np.asarray(on_white)[:, kept, :3])
+
+
+@pytest.mark.parametrize("share", ["2", "-0.1", "nan"])
+def test_a_share_that_is_none_is_refused(guide, picture, mask, tmp_path, share):
+    path, hole = picture(48, 48)[0], mask(48, 48, (8, 8, 40, 40))
+    said = guide("fill", "fill", path, hole, "x", f"--denoise={share}", "--out", tmp_path / "a.png")
+    assert said.code != 0
+    assert any(f"Denoise is {float(share)}" in line for line in said.err)
+    assert not (tmp_path / "a.png").exists()

@@ -398,7 +398,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 def test_the_empty_prompt_is_repeated_for_a_batch():
     batches = Batches(latent_set(), FakeEncoders(), 2, "test")
-    empty = batches.empty_batch(3)
+    empty = batches.empty.repeated(3)
     alone = FakeEncoders().encode([""])
     assert torch.equal(empty.tokens, alone.tokens.expand(3, -1, -1))
     assert torch.equal(empty.pooled, alone.pooled.expand(3, -1))

@@ -13,6 +13,7 @@ from flux.mini.train_guided import DRAWN_BATCHES, Trainee, train_variant
 from flux.sampling.packing import pack
 from flux.specs.flux1 import KONTEXT_MINI
 from flux.training.flow import TextBatch, flow_targets, predict_velocity
+from tests.training import set_format
 
 STEP, SIZE = 3, 2
 CLOSE = 1e-5
@@ -42,7 +43,7 @@ def test_a_batch_is_a_function_of_its_step_and_comes_again_with_other_noise(benc
 def test_a_pull_adds_what_the_prompt_changes_to_what_is_learnt(bench, tmp_path, monkeypatch, pull):
     losses = {}
 
-    monkeypatch.setattr(train_guided, "fast_dtype", lambda device: torch.float32)
+    set_format(monkeypatch, torch.float32)
     monkeypatch.setattr(train_guided, "noised", lambda latents, rng: drawn(latents))
 
     def once(stage, model, loss_of, *rest):

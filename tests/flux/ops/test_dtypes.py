@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flux.ops import dtypes
-from flux.ops.dtypes import compute_dtype, fast_dtype
+from flux.ops.dtypes import compute_dtype, fast_dtype, mixed_precision
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -97,3 +97,12 @@ def test_cards_without_bf16_take_fp16(monkeypatch, probe):
 
 def test_this_machine_has_an_answer():
     assert fast_dtype("cpu") in (BF16, FP32)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu", 0)])
+def test_training_multiplies_in_the_faster_type(monkeypatch, dtype, device):
+    monkeypatch.setattr(dtypes, "_fast_dtype", lambda kind: dtype)
+    with mixed_precision(device):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == FP32
