@@ -200,7 +200,9 @@ def add_redux(commands: Commands) -> None:
     redux.add_argument("--vision", type=Path, metavar="FILE", help="its SigLIP vision tower (default: likewise)")
     add_size(parser.add_argument_group("size"))
     add_shared(
-        parser, "mini or mini-schnell, which are inside the pack, or the file of a text-to-image model as FLUX.1 [dev]"
+        parser,
+        "redux-mini, which is inside the pack and what mini is here, or the file of a text-to-image model, as FLUX.1 "
+        "[dev]",
     )
 
 

@@ -38,7 +38,7 @@ KINDS: tuple[tuple[str, Mapping[str, Any], Callable[[Any], nn.Module]], ...] = (
 )
 INSIDE = "inside the pack"
 COMMANDS = (  # and which tasks' models they run
-    ("`generate` and `redux` take", ("draw",)),
+    ("`generate` takes", ("draw",)),
     ("`fill` and `outpaint` take", ("fill",)),
     ("`control` takes", ("canny", "depth")),
     ("`edit` takes", ("edit",)),
@@ -85,6 +85,7 @@ def _model(spec: Flux1Spec) -> dict[str, Any]:
         "text_encoders": list(spec.text_encoders),
         "autoencoder": spec.autoencoder,
         "task": spec.task,
+        "heeds_redux": spec.heeds_redux,
         "draws_from_text": spec.in_channels == spec.out_channels,
         "licence": spec.licence,
     }
@@ -131,6 +132,8 @@ def _as_text(facts: dict[str, list[dict[str, Any]]]) -> str:
         f"{command} {', '.join(row['name'] for row in facts['models'] if row['task'] in tasks)}"
         for command, tasks in COMMANDS
     ]
+    heeding = [row["name"] for row in facts["models"] if row["task"] == "draw" and row["heeds_redux"]]
+    taken.insert(1, f"`redux` takes {', '.join(heeding)}")
     return "\n".join(
         (
             *table(("MODEL", "FILE", "SIZE", "BF16", "STEPS", "GUIDANCE", "NEEDS", "LICENCE"), models),

@@ -18,6 +18,7 @@ SHORT_NAMES = {
     "canny-mini": "flux1-canny-mini",
     "depth-mini": "flux1-depth-mini",
     "kontext-mini": "flux1-kontext-mini",
+    "redux-mini": "flux1-mini-redux",
 }
 EMBEDDED = tuple(SHORT_NAMES.values())
 MINI = "mini"  # in each command the embedded model that fits
@@ -62,7 +63,10 @@ class Purpose:
 
     def embedded(self) -> list[str]:
         """Short names of the embedded models that fit."""
-        return [short for short, name in SHORT_NAMES.items() if FLUX1[name].task in self.tasks]
+        specs = {short: FLUX1[name] for short, name in SHORT_NAMES.items()}
+        return [
+            short for short, spec in specs.items() if spec.task in self.tasks and (spec.heeds_redux or not self.styled)
+        ]
 
 
 GENERATE = Purpose(
@@ -104,10 +108,10 @@ CONTROL_LORA = Purpose(
     choose="choose the text-to-image model that the LoRA was made for, as FLUX.1 [dev]",
 )
 REDUX = Purpose(
-    tasks=("draw", "edit"),
-    mini="mini",
+    tasks=("draw", "edit"),  # the run warns of one that was not trained to heed Redux
+    mini="redux-mini",
     lacks="and does not draw from pictures that Redux has read",
-    choose="choose a text-to-image model",
+    choose="choose a text-to-image model (or redux-mini)",
     styled=True,
 )
 EDIT = Purpose(

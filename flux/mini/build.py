@@ -17,7 +17,7 @@ from ..models.flux1 import Flux1
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
 from ..specs.autoencoder import MINI as MINI_AUTOENCODER
-from ..specs.flux1 import CANNY_MINI, DEPTH_MINI, FILL_MINI, KONTEXT_MINI, MINI, MINI_SCHNELL, Flux1Spec
+from ..specs.flux1 import CANNY_MINI, DEPTH_MINI, FILL_MINI, KONTEXT_MINI, MINI, MINI_REDUX, MINI_SCHNELL, Flux1Spec
 from ..specs.text import CLIP_MINI, T5_MINI
 from ..specs.vision import REDUX_MINI, SIGLIP_MINI
 from ..training.checkpoints import load_checkpoint, save_checkpoint
@@ -25,20 +25,19 @@ from ..weights.convert import convert
 from ..weights.readers.tokenizer import read_clip_tokenizer, read_t5_tokenizer
 from .dataset import LatentSet, build_latent_set
 from .files import CONTROL_LORAS, FOLDER, REDUX_MINI_FILE, SIGLIP_MINI_FILE
-from .files import MINI as MINI_FILES
 from .language import random_request
 from .scenes import draw, lay_out
 from .tokenizer import build_tokenizer
 from .train_autoencoder import AutoencoderRecipe, pixels_from_bytes, psnr_on_fresh_scenes, train_autoencoder
 from .train_flow import FlowRecipe, FrozenEncoders, train_base, train_guided, train_schnell
-from .train_guided import Bench, train_control_lora, train_variant, trained_lora_tensors
+from .train_guided import Bench, cut_lora, train_control_lora, train_variant, trained_lora_tensors
 from .train_style import Listener, train_style, train_words
 from .train_text import TextRecipe, train_text_encoders
 
 __all__ = ["FLOW_STAGES", "GUIDED_STAGES", "STAGES", "Builder", "preview_factors"]
 
 FLOW_STAGES = ("latents", "base", "guided", "schnell")
-GUIDED_STAGES = ("style", "fill", "canny", "depth", "canny_lora", "depth_lora", "edit")
+GUIDED_STAGES = ("fill", "canny", "depth", "canny_lora", "depth_lora", "edit", "style")
 STAGES = ("tokenizer", "autoencoder", "text", *FLOW_STAGES, *GUIDED_STAGES)
 
 AUTOENCODER = AutoencoderRecipe(joint_steps=1000, decoder_steps=4000)
@@ -55,8 +54,10 @@ GUIDED = {"steps": 600, "decay": 500, "batch": 64, "learning_rate": 8e-4}
 SCHNELL = {"steps": 400, "decay": 350, "batch": 64, "learning_rate": 8e-4}
 # The guided models begin with ``flux1-mini``, Depth with Canny. What ships was trained in sittings, too: Fill's first
 # 2,500 steps were without ``PULL``, then 900 with it, 600 of them descending, and from their average 1,600 more, 900
-# descending. Depth's LoRA had 500 steps without it and 300 with it. Fill, Canny, Depth and Kontext began with the text
-# model of before it learnt to heed Redux.
+# descending. Depth's LoRA had 500 steps without it and 300 with it. Redux's model had 2,600 steps with prompts in half
+# of a batch, and from six tenths of the way between ``flux1-mini`` and it 1,600 with prompts counting three times, so
+# that one model might do both, which served neither; then, for Redux alone, 1,200 with full strengths only and 720 as
+# ``train_style`` has them now. From nothing, begin with these numbers.
 GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "fill": {"steps": 3400, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "canny": {"steps": 900, "decay": 400, "batch": 32, "learning_rate": 1.5e-3},
@@ -65,17 +66,24 @@ GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "depth_lora": {"steps": 500, "decay": 350, "batch": 32, "learning_rate": 8e-4},
     "edit": {"steps": 3000, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "words": {"steps": 1000, "decay": 500, "batch": 64, "learning_rate": 2.5e-3},
-    "style": {"steps": 1800, "decay": 750, "batch": 32, "learning_rate": 5e-4},
+    "style": {"steps": 4500, "decay": 1500, "batch": 32, "learning_rate": 5e-4},
 }
 # As classifier-free guidance of 2: shapes are the sharper for it, colours righter.
 PULL = {"fill": 0.5, "depth": 0.5, "depth_lora": 0.5}
 GUIDED_SPECS = {"fill": FILL_MINI, "canny": CANNY_MINI, "depth": DEPTH_MINI, "edit": KONTEXT_MINI}
-STYLE_PARTS = (  # of what the stage "style" makes: prefix, file and title
-    ("text.", MINI_FILES.transformer, MINI.title),
+TEXT_PART = "text."  # of what the stage "style" makes: the transformer
+STYLE_PARTS = (  # and what runs beside it: prefix, file and title
     ("style.tower.", SIGLIP_MINI_FILE, SIGLIP_MINI.name),
     ("style.redux.", REDUX_MINI_FILE, REDUX_MINI.name),
 )
-GUIDED_FORMAT = "gguf:Q5_K"  # what guided transformers ship in: of 96 holes one fewer was filled than in Q6_K
+GUIDED_FORMATS = {  # what guided transformers ship in
+    FILL_MINI.name: "gguf:Q5_K",
+    CANNY_MINI.name: "gguf:Q4_K",
+    DEPTH_MINI.name: "gguf:Q4_K",
+    KONTEXT_MINI.name: "gguf:Q5_K",  # in Q4_K it changes colours of the rest in 5 of 100 cases, in Q5_K in 1
+    MINI_REDUX.name: "gguf:Q6_K",  # of the objects in 200 references, one in a hundred fewer is there again in Q5_K
+}
+SHIPPED_RANK = 18  # of control LoRAs, which are trained with more: outlines and colours were as good in 96 cases
 
 TOKENIZER = "tokenizer.json"
 AVERAGE = "average."  # what averaged weights are called in checkpoints
@@ -132,7 +140,7 @@ class Builder:
             "ae": (self._averaged("ae"), torch.float16, {PREVIEW_KEY: json.dumps(preview)}),
             "t5": (self._plain("t5"), torch.bfloat16, {}),
             "clip": (self._plain("clip"), torch.bfloat16, {}),
-            "flux1-mini": (self._text_model(), torch.bfloat16, {"modelspec.title": MINI.title}),
+            "flux1-mini": (self._averaged("guided"), torch.bfloat16, {"modelspec.title": MINI.title}),
             "flux1-mini-schnell": (self._averaged("schnell"), torch.bfloat16, {"modelspec.title": MINI_SCHNELL.title}),
         }
         for name, (tensors, dtype, extra) in parts.items():
@@ -212,7 +220,7 @@ class Builder:
 
     def _style(self) -> None:
         model = Flux1(MINI)
-        model.load_state_dict(self._plain_text_model())
+        model.load_state_dict(self._text_model())
         bench = self.bench()
         saying = train_words(self.folder, bench, self._recipe("words"), seed=self.seed, report=self.report)
         start = Listener(model, saying)
@@ -232,11 +240,7 @@ class Builder:
         )  # fmt: skip
 
     def _text_model(self) -> dict[str, Tensor]:
-        """What ships as ``flux1-mini``, and what guided models begin with: the one that learnt to heed Redux."""
-        return self._listener("text.") if self._path("style").exists() else self._plain_text_model()
-
-    def _plain_text_model(self) -> dict[str, Tensor]:
-        """The folder's own ``flux1-mini`` before it learns to heed Redux, else the shipped one."""
+        """What guided models begin with: the folder's own ``flux1-mini``, else the shipped one."""
         return self._averaged("guided") if self._path("guided").exists() else _shipped("flux1-mini")
 
     def _listener(self, prefix: str) -> dict[str, Tensor]:
@@ -253,26 +257,31 @@ class Builder:
         return Bench(self.autoencoder(), self.encoders(), self.device)
 
     def install_guided(self, target: Path = FOLDER) -> None:
-        """Write those guided parts that are finished: transformers in ``GUIDED_FORMAT``, the others in bf16."""
+        """Write those guided parts that are finished: transformers in ``GUIDED_FORMATS``, the others in bf16."""
         target.mkdir(parents=True, exist_ok=True)
         written = []
         for stage, spec in GUIDED_SPECS.items():
             if self._path(spec.name).exists():
-                whole = self.folder / f"{spec.name}-whole.safetensors"
-                _write(whole, self._averaged(spec.name), torch.float32, spec.title)
-                written.append(convert(whole, target / spec.files[0], GUIDED_FORMAT, replace=True).path)
-                whole.unlink()
+                written.append(self._install_quantized(spec, self._averaged(spec.name), target))
             lora = self._path(f"{stage}-lora")
             if lora.exists():
                 written.append(target / CONTROL_LORAS[stage].name)
-                tensors = trained_lora_tensors(self._averaged(f"{stage}-lora"))
+                tensors = cut_lora(trained_lora_tensors(self._averaged(f"{stage}-lora")), SHIPPED_RANK)
                 _write(written[-1], tensors, torch.bfloat16, f"{spec.title} LoRA")
         if self._path("style").exists():
+            written.append(self._install_quantized(MINI_REDUX, self._listener(TEXT_PART), target))
             for prefix, path, title in STYLE_PARTS:
                 written.append(target / path.name)
                 _write(written[-1], self._listener(prefix), torch.bfloat16, title)
         for path in written:
             self.report(f"installed {path.name}: {path.stat().st_size / 1e6:.2f} MB")
+
+    def _install_quantized(self, spec: Flux1Spec, tensors: dict[str, Tensor], target: Path) -> Path:
+        whole = self.folder / f"{spec.name}-whole.safetensors"
+        _write(whole, tensors, torch.float32, spec.title)
+        made = convert(whole, target / spec.files[0], GUIDED_FORMATS[spec.name], replace=True).path
+        whole.unlink()
+        return made
 
     def autoencoder(self) -> Autoencoder:
         """The autoencoder as far as it is trained."""

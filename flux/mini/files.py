@@ -15,7 +15,7 @@ from ..pipelines.text_to_image import FluxModel
 
 __all__ = [
     "CONTROL_LORAS", "FOLDER", "MINI", "MINI_CANNY", "MINI_DEPTH", "MINI_FILL", "MINI_KONTEXT",
-    "MINI_SCHNELL", "REDUX_MINI_FILE", "SIGLIP_MINI_FILE", "MiniFiles", "open_control_lora", "open_mini",
+    "MINI_REDUX", "MINI_SCHNELL", "REDUX_MINI_FILE", "SIGLIP_MINI_FILE", "MiniFiles", "open_control_lora", "open_mini",
     "open_redux_mini",
 ]  # fmt: skip
 
@@ -39,6 +39,7 @@ MINI_FILL = MiniFiles(FOLDER / "flux1-fill-mini.gguf")
 MINI_CANNY = MiniFiles(FOLDER / "flux1-canny-mini.gguf")
 MINI_DEPTH = MiniFiles(FOLDER / "flux1-depth-mini.gguf")
 MINI_KONTEXT = MiniFiles(FOLDER / "flux1-kontext-mini.gguf")
+MINI_REDUX = MiniFiles(FOLDER / "flux1-mini-redux.gguf")  # which heeds what the Redux adapter gives
 REDUX_MINI_FILE = FOLDER / "flux1-redux-mini.safetensors"
 SIGLIP_MINI_FILE = FOLDER / "siglip-mini.safetensors"
 CONTROL_LORAS = {  # by what they make ``MINI`` follow

@@ -39,7 +39,7 @@ from .train_autoencoder import pixels_from_bytes
 from .train_flow import ANSWERS_WEIGHT, TAPPED_BLOCK, FrozenEncoders, SceneHead
 
 __all__ = [
-    "DRAWN_BATCHES", "Bench", "Trainee", "channels_of_hole", "extracted_lora", "noised",
+    "DRAWN_BATCHES", "GUIDANCE_RANGE", "Bench", "Trainee", "channels_of_hole", "cut_lora", "extracted_lora", "noised",
     "random_canvas", "train_control_lora", "train_variant", "trained_lora_tensors", "widened_start",
 ]  # fmt: skip
 
@@ -258,16 +258,19 @@ def _error(predict: Callable[..., Tensor], batch: Batch, target: Tensor, bench: 
     return F.mse_loss(velocity.float(), target)
 
 
-def noised(latents: Tensor, rng: random.Random, mean: float = TIME_MEAN) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy latents, times of a logit-normal distribution with this mean, guidance, and packed targets."""
+def noised(
+    latents: Tensor, rng: random.Random, mean: float = TIME_MEAN, strengths: tuple[float, float] = GUIDANCE_RANGE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noisy latents, times of a logit-normal distribution with this mean, guidance of a range, and packed targets."""
     count, device = len(latents), latents.device
     times = sample_times(count, mean=mean, deviation=TIME_DEVIATION).to(device)
     noisy, target = flow_targets(latents, torch.randn_like(latents), times)
-    guidance = torch.tensor([rng.uniform(*GUIDANCE_RANGE) for _ in range(count)], device=device)
+    guidance = torch.tensor([rng.uniform(*strengths) for _ in range(count)], device=device)
     return noisy, times, guidance, pack(target)
 
 
-LORA_RANK = 48
+LORA_RANK = 48  # in training
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 STROKE = "/"  # in place of the dots, which torch has for itself
 
 
@@ -312,12 +315,31 @@ def extracted_lora(base: Mapping[str, Tensor], full: Mapping[str, Tensor], rank:
         elif key.endswith(".weight"):
             layer = key.removesuffix(".weight")
             own = F.pad(base[key], (0, tensor.shape[1] - base[key].shape[1]))
-            u, s, v = torch.linalg.svd(tensor - own, full_matrices=False)
-            root = s[:rank].sqrt()
-            tensors[f"{layer}.lora_A.weight"] = (root[:, None] * v[:rank]).contiguous()
-            tensors[f"{layer}.lora_B.weight"] = (u[:, :rank] * root).contiguous()
+            tensors[f"{layer}{DOWN}"], tensors[f"{layer}{UP}"] = _factors(tensor - own, rank)
             tensors[f"{layer}.lora_B.bias"] = full[f"{layer}.bias"] - base[f"{layer}.bias"]
     return control_lora_of(tensors, name)
+
+
+def cut_lora(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """A LoRA's tensors by Black Forest Labs' names, each branch cut to ``rank`` by its product's singular values.
+
+    Args:
+        tensors: Of a higher rank.
+        rank: Of every branch, less where a matrix has fewer rows or columns.
+    """
+    cut = dict(tensors)
+    for key in tensors:
+        if key.endswith(DOWN):
+            up = f"{key.removesuffix(DOWN)}{UP}"
+            cut[key], cut[up] = _factors(tensors[up] @ tensors[key], rank)
+    return cut
+
+
+def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Down (r, in) and up (out, r), whose product is the nearest to a matrix (out, in) of this rank."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return (root[:, None] * v[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
 
 
 def train_control_lora(

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters import attending
 from ..models.flux1 import Flux1
 from ..models.redux import Redux
 from ..models.vision.siglip import PatchEmbeddings, SiglipVision
 from ..ops.dtypes import mixed_precision
 from ..preprocess.vision import reduce_grid, vision_pixels
+from ..sampling.packing import token_grid
 from ..specs.vision import REDUX_MINI, SIGLIP_MINI
 from ..training.flow import TextBatch, predict_velocity
 from .dataset import NATIVE
@@ -32,7 +34,7 @@ from .language import COLOURS, SHAPES, Request, Span, phrase, random_request, te
 from .loop import FlowRecipe, Report, run_stage
 from .scenes import Scene, draw, lay_out
 from .train_flow import TIME_MEAN
-from .train_guided import DRAWN_BATCHES, Bench, noised, random_canvas
+from .train_guided import DRAWN_BATCHES, GUIDANCE_RANGE, Bench, noised, random_canvas
 from .train_text import token_owners
 
 __all__ = ["Listener", "Style", "cells_of", "start_tower", "train_style", "train_words", "vision_view", "words_of"]
@@ -40,12 +42,15 @@ __all__ = ["Listener", "Style", "cells_of", "start_tower", "train_style", "train
 BYTE = 255
 COARSE_SHARE = 0.25  # of the steps with Redux tokens averaged to a coarser grid
 COARSE_GRIDS = (3, 5)
-PROMPTS_SHARE = 0.5  # of a batch: prompts alone, of which the text model keeps what it knows
-KEPT_WEIGHT = 3.0
+PROMPTS_SHARE = 0.125  # of a batch: prompts alone, of which the text model keeps what it knows
+KEPT_WEIGHT = 0.5
+HEEDING_MEAN = 1.5  # of the times' logit-normal distribution: what is drawn where is decided early
+NEAR_SHARE, NEAR_GUIDANCE = 0.75, (2.0, 5.0)  # of the steps, and their guidance: what pictures are drawn with
 WORDS_WEIGHT, GROUND_WEIGHT = 0.25, 0.25  # beside what the head asks of cells with objects
 PATCHED_SCENES = 256  # whose patches the tower begins with
 LEAST_VARIANCE = 1e-5  # of a patch's principal directions, of the largest
 LONGEST_WAVE = 30.0  # of places, in cells over 2 pi
+WEAK_SHARE, WEAK_STRENGTHS = 0.35, (0.05, 1.0)  # of the steps, with a strength in between, which takes over so much
 LEFT_OUT = -1e4  # added to the logits of tokens that are left out
 GROUND = -1  # the item of cells that show none
 
@@ -263,7 +268,8 @@ def train_style(
 
     A text model this small heeds no more tokens than a prompt has, nor any without CLIP's vector: with the very words
     of a scene behind an empty prompt, it draws every third object. So it learns from itself: to predict from tokens
-    for a picture what it predicted from the words for it, and from words what it did.
+    for a picture what it predicted from the words for it, and from words what it did. With a strength in between it
+    learns to go that far from what it predicted without them.
 
     Args:
         folder: Of the checkpoint.
@@ -278,23 +284,30 @@ def train_style(
     for embedder in (model.text.time_in, model.text.vector_in, model.text.guidance_in):
         if embedder is not None:
             embedder.requires_grad_(False)  # numbers mean what they did; steps of this size move the guidance's far
-    prompts = round(recipe.batch * PROMPTS_SHARE)
+    prompts = max(1, round(recipe.batch * PROMPTS_SHARE))
     drawn: dict[int, tuple[Told, Shown]] = {}
 
-    def error(batch: Told, rng: random.Random, text: TextBatch, bias: Tensor | None = None) -> Tensor:
+    def kept(batch: Told, rng: random.Random) -> Tensor:
         noisy, times, guidance, _ = noised(batch.latents, rng, TIME_MEAN)
         with torch.no_grad():
             wanted = predict_velocity(teacher, noisy, times, batch.text, guidance)
-        apart = predict_velocity(model.text, noisy, times, text, guidance, bias=bias).float() - wanted.float()
-        return (apart / guidance[:, None, None]).square().mean()  # what words change is as large as the guidance
+        return _apart(predict_velocity(model.text, noisy, times, batch.text, guidance), wanted, guidance)
 
     def followed(batch: Shown, rng: random.Random) -> Tensor:
+        near = NEAR_GUIDANCE if rng.random() < NEAR_SHARE else GUIDANCE_RANGE
+        noisy, times, guidance, _ = noised(batch.latents, rng, HEEDING_MEAN, near)
+        strength = rng.uniform(*WEAK_STRENGTHS) if rng.random() < WEAK_SHARE else 1.0
+        with torch.no_grad():
+            wanted = predict_velocity(teacher, noisy, times, batch.text, guidance)
+            if strength < 1:
+                without = predict_velocity(teacher, noisy, times, batch.asked, guidance)
+                wanted = torch.lerp(without, wanted, strength)
         grid = rng.choice(COARSE_GRIDS) if rng.random() < COARSE_SHARE else None
         keep = batch.keep if grid is None else F.adaptive_max_pool2d(batch.keep, grid)
         joined = torch.cat((batch.asked.tokens, model.style(batch.views, grid)), dim=1)
-        cells = batch.latents.shape[-2] // 2 * (batch.latents.shape[-1] // 2)
-        bias = _left_out(keep.flatten(1), batch.asked.tokens.shape[1], cells)
-        return error(batch, rng, TextBatch(joined, batch.asked.pooled), bias)
+        bias = _weighed(keep.flatten(1), strength, batch.asked.tokens.shape[1], token_grid(*batch.latents.shape[-2:]))
+        text = TextBatch(joined, batch.asked.pooled)
+        return _apart(predict_velocity(model.text, noisy, times, text, guidance, bias=bias), wanted, guidance)
 
     def loss(step: int) -> Tensor:
         index, rng = step % DRAWN_BATCHES, random.Random(f"style/{seed}/{step}")
@@ -303,12 +316,30 @@ def train_style(
             drawn[index] = _told(bench, prompts, own), _shown(bench, recipe.batch - prompts, own)
         told, shown = drawn[index]
         with mixed_precision(bench.device):
-            return followed(shown, rng) + KEPT_WEIGHT * error(told, rng, told.text)
+            return followed(shown, rng) + KEPT_WEIGHT * kept(told, rng)
 
     return run_stage("style", model, loss, folder / "style.safetensors", recipe, seed, report)
 
 
-def _left_out(keep: Tensor, before: int, behind: int) -> Tensor:
-    """Bias (B, 1, 1, L) that leaves style tokens out where ``keep`` (B, N) is 0; they stand between text and image."""
-    bias = (keep == 0).float() * LEFT_OUT
-    return F.pad(bias, (before, behind))[:, None, None]
+def _apart(predicted: Tensor, wanted: Tensor, guidance: Tensor) -> Tensor:
+    """Mean square of how far velocities (B, I, 4C) are apart, over the guidance (B,), as which words' effect grows."""
+    return ((predicted.float() - wanted.float()) / guidance[:, None, None]).square().mean()
+
+
+def _weighed(keep: Tensor, strength: float, before: int, grid: tuple[int, int]) -> Tensor:
+    """The attention bias of style tokens, which stand between text and image, as a run has it.
+
+    Args:
+        keep: (B, N); tokens are left out where it is 0.
+        strength: Of the others.
+        before: Text tokens.
+        grid: Rows and columns of image tokens.
+
+    Returns:
+        (B, 1, 1, L), or (B, 1, L, L) where the strength is not 1.
+    """
+    count, cells = keep.shape[1], grid[0] * grid[1]
+    left_out = F.pad((keep == 0).float() * LEFT_OUT, (before, cells))[:, None, None]
+    span = attending.Span(before, torch.full((count,), strength, device=keep.device))
+    weighed = attending.attention_bias([span], before + count, grid, before + count + cells)
+    return left_out if weighed is None else left_out + weighed

@@ -169,6 +169,8 @@ def check_inputs(spec: Flux1Spec, inputs: Sequence[AnyInput], warn: Warn) -> Non
             _check_hole(given, warn)
     if spec.task != "edit" and any(isinstance(given, ReferenceInput | Reference) for given in inputs):
         warn(f"{spec.title} was not trained to look at references; choose {_models('edit')}")
+    if not spec.heeds_redux and any(isinstance(given, StyleTokens) and given.strength for given in inputs):
+        warn(f"{spec.title} was not trained to heed Redux; choose {_models('redux')}")
 
 
 def _check_numbers(given: AnyInput) -> None:
@@ -243,6 +245,7 @@ def _models(task: str) -> str:
         "canny": "FLUX.1 Canny (or canny-mini)",
         "depth": "FLUX.1 Depth (or depth-mini)",
         "edit": "FLUX.1 Kontext (or kontext-mini)",
+        "redux": "FLUX.1 [dev] (or redux-mini)",
     }[task]
 
 

@@ -36,6 +36,7 @@ class Flux1Spec:
         shifted_schedule: Whether sigmas are shifted by the image's size (all but schnell).
         steps: Default number of steps.
         guidance: Default guidance; None where it has no meaning.
+        heeds_redux: Whether Redux's tokens mean something to it; without, it draws as if there were none.
         t5_length: Tokens that a prompt is padded to.
         native_side: Pixels along each side of a picture by default, as it was trained.
         autoencoder: Name of the autoencoder it works with.
@@ -62,6 +63,7 @@ class Flux1Spec:
     shifted_schedule: bool = True
     steps: int = 28
     guidance: float | None = 3.5
+    heeds_redux: bool = True
     t5_length: int = 512
     native_side: int = 1024
     autoencoder: str = "flux1-ae"
@@ -147,6 +149,7 @@ MINI = replace(
     single_blocks=4,
     steps=16,
     guidance=3.0,
+    heeds_redux=False,
     t5_length=32,
     native_side=128,
     autoencoder="flux1-mini-ae",
@@ -163,6 +166,14 @@ MINI_SCHNELL = replace(
     steps=4,
     guidance=None,
     files=("flux1-mini-schnell.safetensors",),
+)
+MINI_REDUX = replace(
+    MINI,
+    name="flux1-mini-redux",
+    title="Foundry Mini Redux",
+    guidance=2.0,
+    heeds_redux=True,
+    files=("flux1-mini-redux.gguf",),
 )
 FILL_MINI = replace(
     MINI,
@@ -213,6 +224,6 @@ FLUX1: dict[str, Flux1Spec] = {
     spec.name: spec
     for spec in (
         SCHNELL, DEV, KREA, FILL, DEPTH, CANNY, KONTEXT,
-        MINI, MINI_SCHNELL, FILL_MINI, CANNY_MINI, DEPTH_MINI, KONTEXT_MINI,
+        MINI, MINI_SCHNELL, FILL_MINI, CANNY_MINI, DEPTH_MINI, KONTEXT_MINI, MINI_REDUX,
     )
 }  # fmt: skip

@@ -328,6 +328,8 @@ def _another_size(
         spec = replace(base, name=f"{base.name}-variant", title=f"{base.title} (another size)", **fields)  # type: ignore[arg-type]
     except ValueError as error:
         return str(error)
+    if isinstance(spec, Flux1Spec):
+        spec = replace(spec, heeds_redux=True)  # for all that is known
     note = (
         f"its sizes are no release's: {spec.double_blocks} double and {spec.single_blocks} single blocks of width "
         f"{spec.hidden}; treated as {base.title}"

@@ -15,6 +15,7 @@ from .pictures import CONTROLS, IMAGE, MASK
 from .preflight import check_together, files_of, given_of
 from .progress import say
 from .references import LATENTS, VIEWS, views_of
+from .styles import STYLES
 
 __all__ = ["check_channels", "check_conditioning", "check_widths", "encode", "with_guidance"]
 
@@ -163,6 +164,8 @@ def tell_of_pictures(patcher: Any, entries: list[Extra]) -> None:
         say(f"{title} {seen}: to paint into a picture choose FLUX.1 Fill in Load FLUX Model")
     if spec.task != EDIT and any(entry.get(LATENTS) for entry in entries):
         say(f"{title} was not trained to look at references: choose FLUX.1 Kontext in Load FLUX Model")
+    if not spec.heeds_redux and any(entry.get(STYLES) for entry in entries):
+        say(f"{title} was not trained to heed Redux: choose mini redux in Load FLUX (embedded)")
 
 
 def check_against(

@@ -21,6 +21,7 @@ from ...flux.mini.files import (
     MINI_DEPTH,
     MINI_FILL,
     MINI_KONTEXT,
+    MINI_REDUX,
     MINI_SCHNELL,
     REDUX_MINI_FILE,
     SIGLIP_MINI_FILE,
@@ -38,7 +39,9 @@ HOST_SUFFIXES = (".safetensors", ".sft")  # that the host lists itself
 OWN_SUFFIXES = (".gguf", INDEX_SUFFIX)
 SUFFIXES = (*HOST_SUFFIXES, *OWN_SUFFIXES)
 LEFT_OUT = [".git"]  # folders, as in the host's own listing
-GUIDED_MODELS = {"fill": MINI_FILL, "canny": MINI_CANNY, "depth": MINI_DEPTH, "kontext": MINI_KONTEXT}
+GUIDED_MODELS = {
+    "fill": MINI_FILL, "canny": MINI_CANNY, "depth": MINI_DEPTH, "kontext": MINI_KONTEXT, "redux": MINI_REDUX,
+}  # fmt: skip
 EMBEDDED_MODELS: dict[str, MiniFiles] = {
     "mini": MINI,
     "mini schnell": MINI_SCHNELL,
@@ -235,7 +238,7 @@ MODELS = Choice(
     {
         "flux1-mini": MINI.transformer,
         "flux1-mini-schnell": MINI_SCHNELL.transformer,
-        **{f"flux1-{task}-mini": files.transformer for task, files in GUIDED_MODELS.items()},
+        **{files.transformer.stem: files.transformer for files in GUIDED_MODELS.values()},
     },
     "transformer",
 )

@@ -123,7 +123,7 @@ def _look(clip_vision: Any, views: VisionViews, tower: Tower) -> list[Tensor]:
         if hidden.shape[1:] != ((tower.side // tower.patch) ** 2, tower.width):
             raise MismatchError(
                 f"the CLIP_VISION gave {list(hidden.shape)} for a picture of {tower.side} pixels, not a token for each "
-                f"patch; load {where_to_get(REDUX.tower)} with FLUX Load Redux"
+                f"patch; load {where_to_get(REDUX.tower)} with Load FLUX Redux"
             )
         seen.append(hidden)
         bar.update(1)
@@ -178,7 +178,7 @@ def _check_models(style_model: Any, clip_vision: Any) -> Tower:
     if widths is None:
         raise MismatchError(
             f"the STYLE_MODEL is a {type(style_model.model).__name__}, no FLUX.1 Redux adapter; load "
-            f"{where_to_get(REDUX.name)} with FLUX Load Redux"
+            f"{where_to_get(REDUX.name)} with Load FLUX Redux"
         )
     adapter, own = given_of(style_model), given_of(clip_vision)
     if adapter is not None and own is not None:

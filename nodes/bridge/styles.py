@@ -20,7 +20,10 @@ from torch import Tensor
 from ...flux.adapters.attending import Span, attention_bias
 from ...flux.errors import UserError
 
-__all__ = ["ATTENTION", "MASK", "MASK_GRID", "NEVER", "STRENGTH_MODES", "TOKENS", "Style", "append_styles", "grid_of"]
+__all__ = [
+    "ATTENTION", "MASK", "MASK_GRID", "NEVER", "STRENGTH_MODES", "STYLES", "TOKENS", "Style", "append_styles",
+    "grid_of",
+]  # fmt: skip
 
 ATTENTION, TOKENS = STRENGTH_MODES = ("attention", "tokens")  # what a style's strength acts on
 MASK, MASK_GRID = "attention_mask", "attention_mask_img_shape"  # the host's keys in a CONDITIONING

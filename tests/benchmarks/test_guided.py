@@ -73,7 +73,7 @@ def test_what_is_taken_over_counts_once():
     ]  # fmt: skip
 
 
-def test_every_bar_is_of_something_that_is_measured():
+def test_shares_means_and_faults_are_told_by_name():
     score = guided.Score("test")
     score.mark("object in the hole", right=True)
     score.mark("object in the hole", right=False, fault="it is a cross")

@@ -215,6 +215,17 @@ def test_only_a_mask_that_looks_inverted_is_hinted_at(run: Callable, said: Calla
     assert "keeps only what is in the middle" in said()
 
 
+def test_a_full_mask_and_one_of_another_size_are_told_of(run: Callable, said: Callable[[], str]) -> None:
+    image = numbers(1, 32, 48, 3)
+    run("filling", "Fill", positive=prompt(), vae=Vae(), image=image, mask=torch.ones(1, 32, 48), **FILL)
+    told = said()
+    assert "the mask covers the whole picture: all of it is repainted and nothing kept" in told
+    assert "of another size" not in told
+    _, _, latent, *_ = run("filling", "Fill", positive=prompt(), vae=Vae(), image=image, mask=disc(64, 64), **FILL)
+    assert "the mask (64x64) is of another size than the picture (48x32): it is resized and stretched" in said()
+    assert latent["samples"].shape[-2:] == (4, 6)
+
+
 def test_what_fill_cannot_take_is_refused(load: Callable[[str], ModuleType], run: Callable) -> None:
     errors = load("flux.errors")
     image, mask = numbers(1, 32, 32, 3), disc(32, 32)
@@ -366,6 +377,9 @@ def test_a_second_picture_for_a_slot_is_told_of_where_both_would_act(run: Callab
         ({"region": torch.zeros(1, 32, 32)}, "the region's mask is black everywhere"),
         ({"region": torch.ones(2, 32, 32)}, "give one mask"),
         ({"vae": Vae(128)}, "FLUX.1's have 16 channels"),
+        ({"strength": 2.5}, "the strength is 2.5; give a number from 0 to 2"),
+        ({"strength": -0.5}, "the strength is -0.5; give a number from 0 to 2"),
+        ({"start": 0.8, "end": 0.2}, "it starts at 0.8 and ends at 0.2"),
     ],
 )
 def test_what_a_control_cannot_take_is_refused(

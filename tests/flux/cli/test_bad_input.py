@@ -117,7 +117,10 @@ def test_a_file_that_is_missing(refused, tmp_path, option):
 
 def test_a_model_that_is_not_known(refused):
     message = refused(model="flux9")
-    assert "no model and no file named 'flux9'; give mini, mini-schnell, kontext-mini, or the path of" in message
+    assert (
+        "no model and no file named 'flux9'; give mini, mini-schnell, kontext-mini, redux-mini, or the path of"
+        in message
+    )
 
 
 def test_a_known_model_without_its_file(refused):

@@ -25,6 +25,7 @@ from flux.mini.files import (
     MINI_DEPTH,
     MINI_FILL,
     MINI_KONTEXT,
+    MINI_REDUX,
     MINI_SCHNELL,
     REDUX_MINI_FILE,
     SIGLIP_MINI_FILE,
@@ -294,7 +295,7 @@ def test_the_names_in_the_help_of_guided_commands_are_the_engine_s():
 
 
 def test_the_embedded_files_are_the_package_s():
-    own = [MINI, MINI_SCHNELL, MINI_FILL, MINI_CANNY, MINI_DEPTH, MINI_KONTEXT]
+    own = [MINI, MINI_SCHNELL, MINI_FILL, MINI_CANNY, MINI_DEPTH, MINI_KONTEXT, MINI_REDUX]
     assert [files.WEIGHTS / FLUX1[name].files[0] for name in files.EMBEDDED] == [row.transformer for row in own]
     assert files.EMBEDDED_LORAS == CONTROL_LORAS
     parts = {

@@ -56,10 +56,11 @@ def test_the_table_says_what_each_needs(flux):
         "Non-Commercial",
     ):
         assert words in dev
-    assert sum("inside the pack" in line for line in said.out) == len(EMBEDDED) + len(PARTS_INSIDE) == 11
+    assert sum("inside the pack" in line for line in said.out) == len(EMBEDDED) + len(PARTS_INSIDE) == 12
     for line in (
         "`fill` and `outpaint` take flux1-fill-dev, flux1-fill-mini",
         "`edit` takes flux1-kontext-dev, flux1-kontext-mini",
+        "`redux` takes flux1-schnell, flux1-dev, flux1-krea-dev, flux1-mini-redux",
     ):
         assert line in said.out
 

@@ -8,7 +8,16 @@ from flux.cli.files import model_files
 from flux.cli.main import _parser
 from flux.cli.purposes import EMBEDDED, SHORT_NAMES, purpose_of
 from flux.errors import MismatchError
-from flux.mini.files import MINI, MINI_CANNY, MINI_DEPTH, MINI_FILL, MINI_KONTEXT, REDUX_MINI_FILE, SIGLIP_MINI_FILE
+from flux.mini.files import (
+    MINI,
+    MINI_CANNY,
+    MINI_DEPTH,
+    MINI_FILL,
+    MINI_KONTEXT,
+    MINI_REDUX,
+    REDUX_MINI_FILE,
+    SIGLIP_MINI_FILE,
+)
 from flux.models.flux1 import Flux1
 from flux.ops.layers import on_meta
 from flux.specs.flux1 import FLUX1
@@ -26,15 +35,15 @@ COMMANDS = {
     "edit": ("edit", "a.png", "x"),
 }
 RUNS = {  # of the embedded models
-    "generate": {"mini", "mini-schnell", "kontext-mini"},
+    "generate": {"mini", "mini-schnell", "kontext-mini", "redux-mini"},
     "fill": {"fill-mini"},
     "outpaint": {"fill-mini"},
     "canny": {"canny-mini"},
     "depth": {"depth-mini"},
     "image": {"canny-mini", "depth-mini"},
-    "lora": {"mini", "mini-schnell", "kontext-mini"},
-    "redux": {"mini", "mini-schnell", "kontext-mini"},
-    "edit": {"mini-schnell", "kontext-mini"},
+    "lora": {"mini", "mini-schnell", "kontext-mini", "redux-mini"},
+    "redux": {"mini-schnell", "kontext-mini", "redux-mini"},
+    "edit": {"mini-schnell", "kontext-mini", "redux-mini"},
 }
 
 
@@ -46,7 +55,7 @@ def found(name, *words):
 @pytest.mark.parametrize(
     ("name", "row"),
     [("generate", MINI), ("fill", MINI_FILL), ("outpaint", MINI_FILL), ("canny", MINI_CANNY), ("depth", MINI_DEPTH),
-     ("lora", MINI), ("redux", MINI), ("edit", MINI_KONTEXT)],
+     ("lora", MINI), ("redux", MINI_REDUX), ("edit", MINI_KONTEXT)],
 )  # fmt: skip
 def test_mini_is_the_embedded_model_that_fits(name, row):
     files = found(name)

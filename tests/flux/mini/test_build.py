@@ -24,7 +24,7 @@ from flux.mini.train_text import TextRecipe
 from flux.pipelines.parts import open_transformer
 from flux.pipelines.redux import open_redux_encoder
 from flux.specs.autoencoder import MINI as MINI_AUTOENCODER
-from flux.specs.flux1 import CANNY_MINI, DEPTH_MINI, FILL_MINI, KONTEXT_MINI, MINI, MINI_SCHNELL
+from flux.specs.flux1 import CANNY_MINI, DEPTH_MINI, FILL_MINI, KONTEXT_MINI, MINI, MINI_REDUX, MINI_SCHNELL
 from flux.specs.text import CLIP_MINI, T5_MINI
 from flux.specs.vision import REDUX_MINI, SIGLIP_MINI
 from flux.training.checkpoints import load_checkpoint
@@ -102,13 +102,8 @@ def test_a_whole_build_installs_files_that_open(short_build, capsys):
     with safe_open(files["ae"], "pt") as file:
         preview = json.loads(file.metadata()["preview"])
     assert (len(preview["factors"]), len(preview["bias"])) == (16, 3)
-    shipped = load_file(files["flux1-mini"])
-    for stage, prefix in (("style", "average.text."), ("guided", "average.")):  # without Redux the one before it
-        averaged, _ = load_checkpoint(folder / f"{stage}.safetensors")
-        assert all(torch.equal(shipped[k], averaged[f"{prefix}{k}"].bfloat16()) for k in shipped)
-        (folder / "style.safetensors").unlink(missing_ok=True)
-        build.Builder(folder, 0, "cpu", compiled=False, report=lines.append).install(target)
-        shipped = load_file(files["flux1-mini"])
+    shipped, (averaged, _) = load_file(files["flux1-mini"]), load_checkpoint(folder / "guided.safetensors")
+    assert all(torch.equal(shipped[k], averaged[f"average.{k}"].bfloat16()) for k in shipped)
 
     for name, spec in (("flux1-mini", MINI), ("flux1-mini-schnell", MINI_SCHNELL)):
         shared = {kind: files[kind] for kind in ("clip", "t5")}
@@ -132,22 +127,21 @@ def test_guided_parts_are_installed_so_that_they_open(short_build):
         builder.run(stage)
     builder.install_guided(target)
     cpu = torch.device("cpu")
-    for spec in (FILL_MINI, CANNY_MINI, DEPTH_MINI, KONTEXT_MINI):
+    made = {spec: (spec.name, "average.") for spec in (FILL_MINI, CANNY_MINI, DEPTH_MINI, KONTEXT_MINI)}
+    for spec, (stage, prefix) in {**made, MINI_REDUX: ("style", "average.text.")}.items():
         part = open_transformer(target / spec.files[0], cpu)
         assert (part.spec, part.notes) == (spec, ())
-        averaged, _ = load_checkpoint(folder / f"{spec.name}.safetensors")
+        averaged, _ = load_checkpoint(folder / f"{stage}.safetensors")
         with part.resident() as model:
-            wanted = averaged["average.double_blocks.0.img_mlp.0.weight"]
+            wanted = averaged[f"{prefix}double_blocks.0.img_mlp.0.weight"]
             error = (model.double_blocks[0].img_mlp[0].weight - wanted).abs().max() / wanted.abs().max()
-            assert 0 < error < 0.05
+            assert 0 < error < 0.1
     for task in ("canny", "depth"):
         lora = read_control_lora(target / CONTROL_LORAS[task].name)
         check_control_lora(lora, MINI)
         assert lora.channels == 64
     encoder = open_redux_encoder(target / SIGLIP_MINI_FILE.name, target / REDUX_MINI_FILE.name, cpu)
     assert (encoder.tower.spec, encoder.redux.spec) == (SIGLIP_MINI, REDUX_MINI)
-    listening, text = load_checkpoint(folder / "style.safetensors")[0], load_file(target / "flux1-mini.safetensors")
-    assert all(torch.equal(text[key], listening[f"average.text.{key}"].bfloat16()) for key in text)
     assert sum("installed" in line for line in lines) == 9
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from flux.mini import train_guided
 from flux.mini.build import Builder
 from flux.mini.loop import FlowRecipe
-from flux.mini.train_guided import DRAWN_BATCHES, Trainee, train_variant
+from flux.mini.train_guided import DRAWN_BATCHES, Trainee, cut_lora, train_variant
 from flux.sampling.packing import pack
 from flux.specs.flux1 import KONTEXT_MINI
 from flux.training.flow import TextBatch, flow_targets, predict_velocity
@@ -83,3 +84,21 @@ def expected_loss(model, head, bench, pull):
     tap.remove()
     wanted = target + pull * (asked - nothing)
     return float(F.mse_loss(asked, wanted) + train_guided.ANSWERS_WEIGHT * answers)
+
+
+def test_a_lora_is_cut_to_the_nearest_of_a_lower_rank_and_its_other_tensors_stay():
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(6, 20, generator=generator), torch.randn(12, 6, generator=generator)
+    bias, scale = torch.randn(12, generator=generator), torch.randn(8, generator=generator)
+    whole = {"a.lora_A.weight": down, "a.lora_B.weight": up, "a.lora_B.bias": bias, "b.norm.scale": scale}
+    cut = cut_lora(whole, 2)
+    assert cut.keys() == whole.keys()
+    assert cut["a.lora_A.weight"].shape == (2, 20)
+    assert cut["a.lora_B.weight"].shape == (12, 2)
+    left = np.linalg.svd((up @ down).numpy(), compute_uv=False)[2:]  # what the nearest one is off by
+    error = (up @ down - cut["a.lora_B.weight"] @ cut["a.lora_A.weight"]).norm()
+    assert float(error) == pytest.approx(float(np.linalg.norm(left)), rel=1e-4)
+    assert torch.equal(cut["a.lora_B.bias"], bias)
+    assert torch.equal(cut["b.norm.scale"], scale)
+    again = cut_lora(whole, 6)
+    torch.testing.assert_close(again["a.lora_B.weight"] @ again["a.lora_A.weight"], up @ down, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flux.adapters.attending import gather
+from flux.adapters.guides import StyleTokens
 from flux.mini import train_style as train_style_module
 from flux.mini.build import Builder
 from flux.mini.examples import scene_example
@@ -30,6 +32,7 @@ from flux.models.flux1 import Flux1
 from flux.specs.flux1 import MINI
 from flux.specs.vision import SIGLIP_MINI
 from flux.training.flow import predict_velocity
+from tests.oracles import rows
 
 GRID = 8
 STEPS = 80
@@ -159,3 +162,18 @@ def prompted(listener, start, bench):
         (predict_velocity(listener.text, noisy, times, text, guidance)
          - predict_velocity(start.text, noisy, times, text, guidance)).square().mean()
     )  # fmt: skip
+
+
+def test_tokens_are_weighed_as_in_a_run_and_left_out_where_they_do_not_count():
+    keep = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    before, grid = 4, (2, 3)
+    whole = train_style_module._weighed(keep, 1.0, before, grid)
+    assert whole.shape == (2, 1, 1, 13)
+    assert (whole != 0).nonzero().tolist() == [[0, 0, 0, 5]]
+    half = train_style_module._weighed(keep, 0.5, before, grid)
+    assert half.shape == (2, 1, 13, 13)
+    tokens = rows(1, 3, 8, seed=1)
+    guide = StyleTokens(tokens=tokens, strength=0.5)
+    run = gather(rows(1, before, 8, seed=2), [guide], (4, 6)).bias
+    assert torch.equal(half[1:], run)
+    assert torch.equal(half[:1], run + whole[:1])

@@ -29,7 +29,7 @@ from flux.sampling.schedules import (
     make_schedule,
 )
 from flux.sampling.solvers import SOLVERS
-from flux.specs.flux1 import FLUX1
+from flux.specs.flux1 import FLUX1, MINI, MINI_REDUX
 from tests.guides import (
     CELLS,
     CLOSE,
@@ -820,6 +820,17 @@ def test_references_to_a_model_that_was_not_trained_for_them_are_warned_of_and_d
     told.clear()
     generate(models["edit"], asked(given, width=SIDE, height=SIDE), Hooks(warn=told.append))
     assert told == []
+
+
+@pytest.mark.parametrize(("spec", "strength", "told_of"), [
+    (MINI, 1.0, True), (MINI, 0.0, False), (MINI_REDUX, 1.0, False), (FLUX1["flux1-dev"], 1.0, False),
+    (FLUX1["flux1-kontext-mini"], 0.5, True),
+])  # fmt: skip
+def test_redux_tokens_to_a_model_that_was_not_trained_for_them_are_warned_of(spec, strength, told_of):
+    told: list[str] = []
+    check_inputs(spec, [StyleTokens(tokens=rows(1, 4, spec.context_width, seed=1), strength=strength)], told.append)
+    says = [f"{spec.title} was not trained to heed Redux; choose FLUX.1 [dev] (or redux-mini)"]
+    assert told == (says if told_of else [])
 
 
 def test_a_layout_that_there_is_not_is_refused(models):
