@@ -166,8 +166,8 @@ def prepare(base: Path) -> None:
         pack.symlink_to(ROOT, target_is_directory=True)
     except OSError:  # Windows asks for a privilege
         shutil.copytree(ROOT, pack, ignore=shutil.ignore_patterns(".git", ".venv", "out", "tests"))
-    for file in (ROOT / "flux" / "mini" / "weights").glob("flux1-*.safetensors"):
-        shutil.copy(file, base / "models" / "diffusion_models")
+    for name in ("flux1-mini", "flux1-mini-schnell"):
+        shutil.copy(ROOT / "flux" / "mini" / "weights" / f"{name}.safetensors", base / "models" / "diffusion_models")
 
 
 @contextlib.contextmanager

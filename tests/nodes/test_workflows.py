@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
-FOLDERS = {"diffusion_models", "text_encoders", "vae"}
-LOADERS = {"FluxFoundryLoadModel", "FluxFoundryLoadTextEncoders", "FluxFoundryLoadAutoencoder"}
+FOLDERS = {"diffusion_models", "text_encoders", "vae", "loras", "style_models", "clip_vision"}
+LOADERS = {
+    "FluxFoundryLoadModel", "FluxFoundryLoadTextEncoders", "FluxFoundryLoadAutoencoder", "FluxFoundryLoadRedux",
+    "FluxFoundryLoadControlLora",
+}  # fmt: skip
+SHOWN = {"FluxFoundryTextEncode", "FluxFoundrySampler", "SaveImage"}  # in every graph
 WITHOUT_A_DOWNLOAD = "quick-start"
 MUTED = 2
 
@@ -47,16 +51,23 @@ def test_a_note_explains_the_graph(path: Path) -> None:
     assert path.with_suffix(".jpg").read_bytes().startswith(b"\xff\xd8")
 
 
+def real_loaders(path: Path) -> list[dict[str, Any]]:
+    """The loaders of files that do not ship with the pack."""
+    return [n for n in nodes_of(path) if n["type"] in LOADERS and real_files(n)]
+
+
+def real_files(loader: dict[str, Any]) -> list[str]:
+    return [value for value in loader["widgets_values"] if str(value).endswith(".safetensors")]
+
+
 @each_workflow
 def test_every_real_file_has_its_download_link_where_the_front_end_looks(path: Path) -> None:
-    loaders = [n for n in nodes_of(path) if n["type"] in LOADERS]
+    loaders = real_loaders(path)
     assert bool(loaders) == (path.stem != WITHOUT_A_DOWNLOAD)
     note = next(n["widgets_values"][0] for n in nodes_of(path) if n["type"] == "MarkdownNote")
     for loader in loaders:
-        files = [value for value in loader["widgets_values"] if str(value).endswith(".safetensors")]
-        assert files
         models = {model["name"]: model for model in loader["properties"]["models"]}
-        assert sorted(models) == sorted(files)
+        assert sorted(models) == sorted(real_files(loader))
         for name, model in models.items():
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith("/" + name)
@@ -64,8 +75,16 @@ def test_every_real_file_has_its_download_link_where_the_front_end_looks(path: P
             assert model["url"] in note
 
 
-def test_workflows_that_run_at_once_have_their_real_files_beside_them_muted() -> None:
-    path = next(path for path in WORKFLOWS if path.stem == "image-to-image")
+@each_workflow
+def test_a_workflow_that_runs_at_once_has_its_real_files_beside_it_muted(path: Path) -> None:
     nodes = nodes_of(path)
-    assert any(n["type"] == "FluxFoundryLoadEmbedded" and not n["mode"] for n in nodes)
-    assert {n["mode"] for n in nodes if n["type"] in LOADERS} == {MUTED}
+    assert {n["type"] for n in nodes} >= SHOWN
+    if any(n["type"] == "FluxFoundryLoadEmbedded" for n in nodes):
+        assert {n["mode"] for n in real_loaders(path)} <= {MUTED}
+        assert all(n["mode"] == 0 for n in nodes if n["type"] == "FluxFoundryLoadEmbedded")
+
+
+def test_there_is_a_workflow_for_every_kind_of_guidance() -> None:
+    assert {path.stem for path in WORKFLOWS} >= {
+        "inpaint", "outpaint", "canny", "depth", "depth-and-canny", "kontext-edit", "kontext-two-references",
+    }  # fmt: skip

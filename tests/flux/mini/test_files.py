@@ -10,15 +10,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks.prompts import measure
-from flux.mini.files import FOLDER, MINI, MINI_SCHNELL, open_mini
+from flux.mini.files import (
+    CONTROL_LORAS,
+    FOLDER,
+    MINI,
+    MINI_CANNY,
+    MINI_DEPTH,
+    MINI_FILL,
+    MINI_KONTEXT,
+    MINI_SCHNELL,
+    open_mini,
+)
 from flux.models.autoencoder import Autoencoder
 from flux.models.flux1 import Flux1
 from flux.models.text.clip import ClipText
 from flux.models.text.t5 import T5Encoder
 from flux.pipelines.text_to_image import Request, generate
+from flux.weights.readers.gguf import GgufFile
 from tests.oracles import autoencoder_oracle, clip_oracle, flux1_oracle, t5_oracle
 
-MOST_BYTES = 32_000_000
+MOST_BYTES = 32_000_000  # of the models that draw from text, and again of those that pictures guide
+GUIDED = {
+    *(one.transformer for one in (MINI_FILL, MINI_CANNY, MINI_DEPTH, MINI_KONTEXT)),
+    *CONTROL_LORAS.values(),
+}  # fmt: skip
 PROMPT = "a large red circle on the left and a large blue square on the right"
 SEED = 7
 LEVELS = 2  # of 255, by which a few pixels may differ: two implementations round in different places
@@ -74,7 +89,12 @@ def test_it_draws_what_prompts_say_that_training_never_drew(name):
 
 
 def test_the_files_are_small_and_state_their_licence():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= MOST_BYTES
+    guided = [path for path in FOLDER.iterdir() if path in GUIDED]
+    assert len(guided) == len(GUIDED)
+    for group in (guided, [path for path in FOLDER.iterdir() if path not in GUIDED]):
+        assert sum(path.stat().st_size for path in group) <= MOST_BYTES
     for path in FOLDER.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert file.metadata()["license"] == "Apache-2.0"
+    for path in FOLDER.glob("*.gguf"):
+        assert GgufFile(path).metadata["general.license"] == "Apache-2.0"

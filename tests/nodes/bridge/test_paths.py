@@ -17,8 +17,16 @@ def paths(part):
 
 def test_embedded_models_stand_first_and_pickles_nowhere(paths) -> None:
     assert paths.MODELS.names() == [
-        "embedded: flux1-mini", "embedded: flux1-mini-schnell", "flux1-dev.safetensors", "sub/flux1-schnell.sft",
+        *(f"embedded: flux1-{name}" for name in (
+            "mini", "mini-schnell", "fill-mini", "canny-mini", "depth-mini", "kontext-mini",
+        )),
+        "flux1-dev.safetensors", "sub/flux1-schnell.sft",
     ]  # fmt: skip
+
+
+def test_no_two_embedded_files_have_one_name(paths) -> None:
+    names = [name for choice in (paths.MODELS, paths.STYLE_MODELS, paths.VISION_TOWERS) for name in choice.own]
+    assert len(names) == len(set(names)) == 6
 
 
 def test_embedded_names_are_files_of_the_pack(paths) -> None:
