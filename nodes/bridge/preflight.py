@@ -43,13 +43,17 @@ OWN = {
 
 
 def users_files(kinds: Iterable[str]) -> list[Given]:
-    """Every model file of some kinds that the loaders list; each header is read once as long as its file stays."""
+    """Every model file of some kinds that the loaders list, the user's first, for messages name only a few.
+
+    Each header is read once as long as its file stays.
+    """
     kinds = tuple(kinds)
-    names = {path: name for kind in kinds for name, path in OWN[kind].own.items()}
+    names: dict[Path, str] = {}
     for folder in dict.fromkeys(folder for kind in kinds for folder in FOLDERS[kind]):
         before = CHECKPOINTS if folder == "checkpoints" else ""
         found = ((find_file(folder, name), before + name) for name in list_files(folder))
         names |= {path: name for path, name in found if path is not None}
+    names |= {path: name for kind in kinds for name, path in OWN[kind].own.items()}
     return [replace(given, label=names[given.path]) for given in given_files(names)]
 
 

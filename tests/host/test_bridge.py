@@ -329,7 +329,7 @@ def test_text_of_another_models_encoders_is_refused_with_both_files(host: Host) 
             "big-clip.safetensors is the CLIP-L text encoder, but flux1-mini.safetensors is the Foundry Mini" in message
         )
         assert "of your files these fit: " in message
-        assert message.endswith("clip.safetensors")
+        assert message.endswith("embedded: clip-mini")  # the user's own stand before it
 
 
 def test_a_latent_is_refused_by_another_models_autoencoder_with_both_files(host: Host) -> None:
