@@ -54,10 +54,10 @@ GUIDED = {"steps": 600, "decay": 500, "batch": 64, "learning_rate": 8e-4}
 SCHNELL = {"steps": 400, "decay": 350, "batch": 64, "learning_rate": 8e-4}
 # The guided models begin with ``flux1-mini``, Depth with Canny. What ships was trained in sittings, too: Fill's first
 # 2,500 steps were without ``PULL``, then 900 with it, 600 of them descending, and from their average 1,600 more, 900
-# descending. Depth's LoRA had 500 steps without it and 300 with it. Redux's model had 2,600 steps with prompts in half
-# of a batch, and from six tenths of the way between ``flux1-mini`` and it 1,600 with prompts counting three times, so
-# that one model might do both, which served neither; then, for Redux alone, 1,200 with full strengths only and 720 as
-# ``train_style`` has them now. From nothing, begin with these numbers.
+# descending. Depth's LoRA had 500 steps without it and 300 with it. Redux's model is not finished: it had 2,600 steps
+# with prompts in half of a batch, and from six tenths of the way between ``flux1-mini`` and it 1,600 with prompts
+# counting three times, so that one model might do both, which served neither; then, for Redux alone, 1,200 with full
+# strengths only and 720 as ``train_style`` has them now. From nothing, begin with these numbers.
 GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "fill": {"steps": 3400, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "canny": {"steps": 900, "decay": 400, "batch": 32, "learning_rate": 1.5e-3},
@@ -80,7 +80,7 @@ GUIDED_FORMATS = {  # what guided transformers ship in
     FILL_MINI.name: "gguf:Q5_K",
     CANNY_MINI.name: "gguf:Q4_K",
     DEPTH_MINI.name: "gguf:Q4_K",
-    KONTEXT_MINI.name: "gguf:Q5_K",  # in Q4_K it changes colours of the rest in 5 of 100 cases, in Q5_K in 1
+    KONTEXT_MINI.name: "gguf:Q5_K",  # in Q4_K it changed colours of the rest in 5 of 100 cases
     MINI_REDUX.name: "gguf:Q6_K",  # of the objects in 200 references, one in a hundred fewer is there again in Q5_K
 }
 SHIPPED_RANK = 18  # of control LoRAs, which are trained with more: outlines and colours were as good in 96 cases

@@ -165,7 +165,7 @@ def tell_of_pictures(patcher: Any, entries: list[Extra]) -> None:
     if spec.task != EDIT and any(entry.get(LATENTS) for entry in entries):
         say(f"{title} was not trained to look at references: choose FLUX.1 Kontext in Load FLUX Model")
     if not spec.heeds_redux and any(entry.get(STYLES) for entry in entries):
-        say(f"{title} was not trained to heed Redux: choose mini redux in Load FLUX (embedded)")
+        say(f"{title} was not trained to heed Redux: choose FLUX.1 [dev] in Load FLUX Model")
 
 
 def check_against(
