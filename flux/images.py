@@ -139,8 +139,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 PART_BYTES = 8  # of chance in the name of a file that is not whole yet
 
 
-def read_picture(path: Path) -> NDArray[np.float32]:
-    """A picture (H, W, 3) in 0..1, upright, its first frame, on white where it is transparent.
+def read_picture(path: Path, ground: tuple[int, int, int, int] = WHITE) -> NDArray[np.float32]:
+    """A picture (H, W, 3) in 0..1, upright, its first frame, on ``ground`` where it is transparent.
 
     Raises:
         UserError: There is no such file, or it is no picture.
@@ -148,7 +148,7 @@ def read_picture(path: Path) -> NDArray[np.float32]:
     image = _open(path)
     if image.mode.startswith("I"):  # 16 bits a pixel, grey
         return np.repeat(_unit(image, SHORT_MAX)[..., None], 3, axis=2)
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image.convert("RGBA"))
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
     return _unit(flat.convert("RGB"), BYTE_MAX)
 
 

@@ -98,7 +98,8 @@ class Control(io.ComfyNode):
                 strength(
                     "How much of each step follows the control: 1 as the model was trained, less is freer, more is "
                     "stiffer, 0 leaves it out. Other numbers than 1 take a second model run a step; a control LoRA has "
-                    "a strength of its own in Load FLUX Control LoRA, which costs nothing: leave this one at 1 then."
+                    "a strength of its own in Load FLUX Control LoRA, which costs nothing: leave this one at 1 then, "
+                    "for the LoRA stays on the model, and what is left out here is drawn from an empty picture."
                 ),
                 start(
                     "From when it is followed, as a fraction of the run: 0 from the first step, where the layout is "

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ..adapters.control_lora import read_control_lora
 from ..errors import UserError
-from ..images import check_output, save_picture
+from ..images import BLACK, WHITE, check_output, origin_of, read_picture, save_picture
 from ..pipelines.guided import ControlInput
-from ..pipelines.text_to_image import round_size
+from ..pipelines.text_to_image import check_side, round_size
 from ..preprocess.canny import HIGH, LOW, automatic_canny, canny
 from ..preprocess.control import fit_control, has_colours, is_black_and_white, lacks_edges
 from ..preprocess.depth import normalise_depth, open_depth
+from ..specs.flux1 import Flux1Spec, full_model
 from .console import say
-from .engine import Desk, Job, Warn, as_pixels, channels_first, guide_of, picture_of, request_of
+from .engine import Desk, Job, Warn, as_pixels, channels_first, guide_of, request_of
 from .files import control_lora_file
 
-__all__ = ["make"]
+__all__ = ["make", "run_as_trained"]
 
 DEPTH_FILES = (".json", ".safetensors")
 OWN_OPTIONS = {  # that say nothing without a type
@@ -37,7 +38,7 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
         UserError: They do not fit each other, or something cannot be read or written.
     """
     _check(arguments)
-    picture = picture_of(arguments.image)
+    picture = _picture(arguments, desk.warn)
     _tell_of_kind(arguments, picture, desk.warn)
     height, width = _size(arguments, picture)
     fitted = fit_control(picture, round_size(height), round_size(width), arguments.fit, desk.warn)
@@ -46,6 +47,8 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
         desk.warn(f"there are no edges in {arguments.image.name}: {_more_edges(arguments)}")
     path = None if arguments.lora is None else control_lora_file(arguments.lora, arguments.type)
     lora = None if path is None else read_control_lora(path)
+    if lora is not None:
+        run_as_trained(arguments, desk.model.transformer.spec)
     given = ControlInput(picture=channels_first(control), lora=lora, strength=arguments.strength, **guide_of(arguments))
     request = request_of(arguments, desk.seed, width=width, height=height, inputs=[given])
     facts: dict[str, object] = {
@@ -72,6 +75,26 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--auto chooses both thresholds, and one was given; give one of them")
     if arguments.save_control is not None:
         check_output(arguments.save_control)
+
+
+def _picture(arguments: argparse.Namespace, warn: Warn) -> Tensor:
+    """What IMAGE shows (1, H, W, 3), a photo on white, a control on black: no edge, and far away."""
+    photo = arguments.depth_model is not None or (arguments.type == "canny" and not arguments.ready)
+    if origin_of(arguments.image).transparent:
+        ground = "white" if photo else "black, which is no edge and far away"
+        warn(f"{arguments.image.name} is transparent in places: it is laid on {ground}")
+    return torch.from_numpy(read_picture(arguments.image, WHITE if photo else BLACK))[None]
+
+
+def run_as_trained(arguments: argparse.Namespace, spec: Flux1Spec) -> None:
+    """Run with a control LoRA as the full model that follows the same, where no steps or guidance are given."""
+    full = full_model(spec, arguments.type)
+    if full is None:
+        return
+    if arguments.guidance is None and spec.guidance_embedding:
+        arguments.guidance = full.guidance
+    if arguments.steps is None and arguments.sigmas is None:
+        arguments.steps = full.steps
 
 
 def _tell_of_kind(arguments: argparse.Namespace, picture: Tensor, warn: Warn) -> None:
@@ -101,10 +124,14 @@ def _size(arguments: argparse.Namespace, picture: Tensor) -> tuple[int, int]:
     """Height and width: as asked for, of one side alone with the picture's aspect, else the picture's own."""
     height, width = picture.shape[1:3]
     if arguments.width is None and arguments.height is not None:
-        return arguments.height, max(1, round(width * arguments.height / height))
-    if arguments.height is None and arguments.width is not None:
-        return max(1, round(height * arguments.width / width)), arguments.width
-    return (height, width) if arguments.width is None else (arguments.height, arguments.width)
+        height, width = arguments.height, max(1, round(width * arguments.height / height))
+    elif arguments.height is None and arguments.width is not None:
+        height, width = max(1, round(height * arguments.width / width)), arguments.width
+    elif arguments.width is not None:
+        height, width = arguments.height, arguments.width
+    check_side("height", height)
+    check_side("width", width)
+    return height, width
 
 
 def _control(

@@ -9,11 +9,11 @@ from torch import Tensor
 from ..adapters.channels import CELL
 from ..adapters.guides import Channels, Guide, Reference, StyleTokens
 from ..errors import MismatchError, UserError
-from ..preprocess.control import check_finite
+from ..preprocess.control import Warn, check_finite, differs_in_aspect
 from ..sampling.packing import PATCH
 from ..specs.flux1 import Flux1Spec
 
-__all__ = ["check_guide", "check_guide_sizes", "check_region", "check_unit"]
+__all__ = ["check_guide", "check_guide_sizes", "check_region", "check_unit", "tell_of_region"]
 
 SLACK = 0.01  # beyond 0..1, which filters that resize come to
 BYTES = 1.5  # above it numbers are those of bytes
@@ -43,6 +43,18 @@ def check_region(region: Tensor) -> None:
         raise UserError(
             "the region is black everywhere, so that what it belongs to would act nowhere; give one that is white "
             "where it is to act, or none for everywhere"
+        )
+
+
+def tell_of_region(region: Tensor | None, size: tuple[int, int], warn: Warn) -> None:
+    """Tell that a region (..., h, w) is stretched, where its aspect is not that of the run's height and width."""
+    if region is None:
+        return
+    height, width = region.shape[-2:]
+    if differs_in_aspect(region.reshape(-1, height, width), *size):
+        warn(
+            f"a region ({width}x{height}) has another aspect than the output ({size[1]}x{size[0]}): it is stretched, "
+            "which changes its shapes"
         )
 
 

@@ -24,7 +24,7 @@ from ..sampling.packing import PATCH
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from .denoiser import Guidance
-from .given import check_guide, check_guide_sizes, check_region, check_unit
+from .given import check_guide, check_guide_sizes, check_region, check_unit, tell_of_region
 from .parts import Part
 
 __all__ = [
@@ -192,18 +192,19 @@ def _check_hole(given: FillInput, warn: Warn) -> None:
 
 
 def check_sizes(inputs: Sequence[AnyInput], size: tuple[int, int], warn: Warn) -> None:
-    """Tell of pictures that the run's size stretches, and refuse encoded guides of another size.
+    """Tell of pictures and regions that the run's size stretches, and refuse encoded guides of another size.
 
     Args:
         inputs: Checked by ``check_inputs``.
         size: Height and width of the run in pixels.
-        warn: Told of each picture.
+        warn: Told of each.
 
     Raises:
         UserError: A guide's latents do not lie on the run's cells.
     """
     check_guide_sizes(inputs, size)
     for given in inputs:
+        tell_of_region(given.region, size, warn)
         if isinstance(given, FillInput | ControlInput) and differs_in_aspect(given.picture.movedim(1, -1), *size):
             what = "picture with the hole" if isinstance(given, FillInput) else "control picture"
             height, width = given.picture.shape[-2:]

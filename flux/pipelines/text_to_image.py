@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,8 @@ class Request:
         mask: (1 or B, 1, H, W) in 0..1, 1 where the picture may change.
         inputs: What else guides the run: holes to fill, controls, styles, references, in any order.
         layout: Of several references: one of ``models.positions.LAYOUTS``.
+        norms_by_strength: Whether norms of control LoRAs come in as far as their strength goes, and not whole (as Black
+            Forest Labs' code has it).
     """
 
     prompt: str
@@ -116,6 +118,7 @@ class Request:
     mask: Tensor | None = None
     inputs: Sequence[AnyInput] = ()
     layout: str = "offset"
+    norms_by_strength: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
         with _stage(hooks, "encoding"):
             size = (plan.height, plan.width)
             guided = guidance_of(request.inputs, model.autoencoder, size, layout=request.layout)
+            guided = replace(guided, norms_by_strength=request.norms_by_strength)
     with ExitStack() as held:
         # 4. The transformer's weights and tables, for all pictures.
         velocity = None
@@ -363,6 +367,16 @@ def _check_shapes(request: Request) -> None:
         check_unit("mask", request.mask)
 
 
+def check_side(name: str, value: int) -> None:
+    """Refuse a side that no picture has.
+
+    Raises:
+        UserError: It is not in 1..``MAX_SIDE`` pixels.
+    """
+    if not 1 <= value <= MAX_SIDE:
+        raise UserError(f"{name} is {value}; give {GRID} to {MAX_SIDE} pixels")
+
+
 def _size(request: Request, spec: Flux1Spec, warn: Callable[[str], None]) -> tuple[int, int]:
     """Width and height: as asked for, else the start picture's, else an input's, else what the model is used to."""
     given = size_of_inputs(request.inputs) if request.image is None else request.image.shape[-2:]
@@ -372,8 +386,7 @@ def _size(request: Request, spec: Flux1Spec, warn: Callable[[str], None]) -> tup
         "height": height if request.height is None else request.height,
     }
     for name, value in asked.items():
-        if not 1 <= value <= MAX_SIDE:
-            raise UserError(f"{name} is {value}; give {GRID} to {MAX_SIDE} pixels")
+        check_side(name, value)
         if round_size(value) != value:
             warn(f"{name} {value} is not a multiple of {GRID}: {round_size(value)} is used")
     return round_size(asked["width"]), round_size(asked["height"])
@@ -415,4 +428,5 @@ def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dic
             if request.inputs
             else {}
         ),
+        **({"norms_by_strength": True} if request.norms_by_strength else {}),
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import MismatchError
 
-__all__ = ["FLUX1", "TASKS", "Flux1Spec", "check_draws"]
+__all__ = ["FLUX1", "TASKS", "Flux1Spec", "check_draws", "full_model"]
 
 TASKS = ("draw", "fill", "canny", "depth", "edit")
 
@@ -205,6 +205,11 @@ KONTEXT_MINI = replace(
     task="edit",
     files=("flux1-kontext-mini.gguf",),
 )
+
+
+def full_model(spec: Flux1Spec, task: str) -> Flux1Spec | None:
+    """The model of a text-to-image model's size that has a task by itself, without a LoRA; None where there is none."""
+    return next((row for row in FLUX1.values() if row.task == task and row.hidden == spec.hidden), None)
 
 
 def check_draws(spec: Flux1Spec) -> None:

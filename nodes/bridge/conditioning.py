@@ -8,8 +8,11 @@ import node_helpers
 from torch import Tensor
 
 from ...flux.errors import MismatchError
+from ...flux.pipelines.given import tell_of_region
+from ...flux.sampling.packing import PATCH
 from ...flux.specs.flux1 import Flux1Spec
-from .control_lora import control_slots, takes_hole
+from .control_lora import FIRST_LAYER, control_slots, takes_hole
+from .entries import MASK as REGION
 from .experts import EXPERT, expert_of, our_spec
 from .pictures import CONTROLS, IMAGE, MASK
 from .preflight import check_together, files_of, given_of
@@ -17,7 +20,10 @@ from .progress import say
 from .references import LATENTS, VIEWS, views_of
 from .styles import STYLES
 
-__all__ = ["check_channels", "check_conditioning", "check_widths", "encode", "with_guidance"]
+__all__ = [
+    "check_channels", "check_conditioning", "check_widths", "encode", "sample_and_tell", "tell_of_regions",
+    "with_guidance",
+]  # fmt: skip
 
 Conditioning = list[list[Any]]
 Extra = dict[str, Any]
@@ -71,24 +77,31 @@ def check_widths(spec: Flux1Spec, text: Tensor | None, pooled: Tensor | None) ->
     check_against(spec.title, spec.context_width, spec.pooled_width, " and ".join(spec.text_encoders), text, pooled)
 
 
-def check_conditioning(patcher: Any, conditioning: Conditioning) -> None:
-    """Refuse what does not fit a MODEL, also one that a core loader made, and tell of what has no effect.
+def check_conditioning(patcher: Any, conditioning: Conditioning, *, masked: bool) -> None:
+    """Refuse what does not fit a MODEL, also one that a core loader made.
+
+    Args:
+        patcher: The MODEL.
+        conditioning: All entries of a run.
+        masked: Whether the run has a noise mask.
 
     Raises:
         MismatchError: The text encoders are another model's, a width is not the model's, or something needs our MODEL.
     """
     if our_spec(patcher) is None:
         check_foreign(patcher, conditioning)
+        _tell_foreign(patcher, conditioning, masked=masked)
         return
-    makers: dict[int, tuple[Any, Conditioning]] = {}
     for text, extra in conditioning:
-        expert = expert_of(extra)
-        maker = patcher if expert is None else expert.patcher
+        maker = _maker(patcher, extra)
         check_together(given_of(maker.model), files_of(extra))
         check_widths(our_spec(maker), text, extra.get("pooled_output"))
-        makers.setdefault(id(maker), (maker, []))[1].append([text, extra])
-    for maker, entries in makers.values():
-        tell_of_pictures(maker, [extra for _, extra in entries])
+
+
+def _maker(patcher: Any, extra: Extra) -> Any:
+    """Which MODEL predicts an entry."""
+    expert = expert_of(extra)
+    return patcher if expert is None else expert.patcher
 
 
 def check_foreign(patcher: Any, conditioning: Conditioning) -> None:
@@ -108,6 +121,29 @@ def check_foreign(patcher: Any, conditioning: Conditioning) -> None:
         if "context_in_dim" in config and "vec_in_dim" in config:
             widths = config["context_in_dim"], config["vec_in_dim"]
             check_against("this MODEL", *widths, UNKNOWN_ENCODERS, text, extra.get("pooled_output"))
+
+
+def _tell_foreign(patcher: Any, conditioning: Conditioning, *, masked: bool) -> None:
+    """Warn of a picture that a MODEL of another loader has no input for, where it is not the noise mask's."""
+    first = getattr(getattr(patcher.model.diffusion_model, "img_in", None), "weight", None)
+    latent = patcher.model.model_config.unet_config.get("out_channels")
+    if masked or first is None or latent is None or FIRST_LAYER in patcher.patches:
+        return
+    if first.shape[-1] <= latent * PATCH**2 and any(extra.get(IMAGE) is not None for _, extra in conditioning):
+        say("the CONDITIONING carries a picture, but this MODEL has no input for one: choose Fill, Canny or Depth")
+
+
+def tell_of_regions(conditioning: Conditioning, size: tuple[int, int]) -> None:
+    """Warn of regions whose aspect is not that of a picture of this height and width in pixels."""
+    told: dict[str, None] = {}
+    for _, extra in conditioning:
+        styles, views = extra.get(STYLES), extra.get(VIEWS) or ()
+        regions = [extra.get(REGION), *(span.region for span in (styles.spans if styles else ()))]
+        regions += [view["region"] for view in views if view]
+        for region in regions:
+            tell_of_region(region, size, lambda sentence: told.setdefault(sentence))
+    for sentence in told:
+        say(sentence)
 
 
 def check_channels(patcher: Any, entry: Extra, *, masked: bool) -> None:
@@ -131,6 +167,11 @@ def check_channels(patcher: Any, entry: Extra, *, masked: bool) -> None:
             f"the CONDITIONING carries a picture for control {absent[0]}, but the MODEL takes "
             f"{_counted(slots)}; put one Load FLUX Control LoRA behind another for several, or take FLUX Control out"
         )
+    if takes_hole(spec) and entry.get(IMAGE) is not None and entry.get(MASK) is None and not masked:
+        raise MismatchError(
+            f"the CONDITIONING carries a control picture, but {spec.title} takes a picture with a hole in its place; "
+            "put FLUX Fill before or behind FLUX Control, or choose FLUX.1 Canny or Depth in Load FLUX Model"
+        )
     if entry.get(IMAGE) is None or slots or takes_hole(spec):
         return
     if entry.get(MASK) is None:
@@ -149,6 +190,17 @@ def _counted(slots: int) -> str:
     return {0: "none", 1: "1"}.get(slots, f"only {slots}")
 
 
+def sample_and_tell(executor: Any, guider: Any, *rest: Any) -> Any:
+    """Wrapper of a sampling run, of any sampler node, that first warns of what each MODEL was not given."""
+    makers: dict[int, tuple[Any, list[Extra]]] = {}
+    for entry in (entry for entries in guider.conds.values() for entry in entries or ()):
+        maker = _maker(guider.model_patcher, entry)
+        makers.setdefault(id(maker), (maker, []))[1].append(entry)
+    for maker, entries in makers.values():
+        tell_of_pictures(maker, entries)
+    return executor(guider, *rest)
+
+
 def tell_of_pictures(patcher: Any, entries: list[Extra]) -> None:
     """Warn of what a MODEL of ours was not given, or was not made for."""
     spec: Flux1Spec = patcher.model.spec
@@ -165,7 +217,7 @@ def tell_of_pictures(patcher: Any, entries: list[Extra]) -> None:
     if spec.task != EDIT and any(entry.get(LATENTS) for entry in entries):
         say(f"{title} was not trained to look at references: choose FLUX.1 Kontext in Load FLUX Model")
     if not spec.heeds_redux and any(entry.get(STYLES) for entry in entries):
-        say(f"{title} was not trained to heed Redux: choose FLUX.1 [dev] in Load FLUX Model")
+        say(f"{title} was not trained to heed Redux: choose mini redux in Load FLUX (embedded)")
 
 
 def check_against(

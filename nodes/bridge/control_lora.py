@@ -42,8 +42,9 @@ Entry = Mapping[str, Any]
 def put_control_lora(patcher: Any, path: Path, strength: float) -> Any:
     """A MODEL with a control LoRA on it, in its next free slot, by the host's own patches.
 
-    As with the host's LoRA loader, the norms that the LoRA brings replace the MODEL's at any strength but 0; at 0 only
-    the slot is there, so that those of further control LoRAs stay as they are.
+    As with the host's LoRA loader, the norms that the LoRA brings replace the MODEL's at any strength but 0; those of
+    further ones add what makes them differ from the MODEL's own, so that their order makes no difference. At 0 only the
+    slot is there, so that those of further control LoRAs stay as they are.
 
     Args:
         patcher: A MODEL of ours.
@@ -69,9 +70,10 @@ def put_control_lora(patcher: Any, path: Path, strength: float) -> Any:
     slot = control_slots(patcher, spec) + 1
     tensors = host_lora(lora, input_columns(patcher, spec), only_slot=strength == 0)
     layers = {name.removesuffix(".lora_up.weight") for name in tensors if name.endswith(".lora_up.weight")}
-    layers |= {name.removesuffix(".set_weight") for name in tensors if name.endswith(".set_weight")}
     model = patcher.clone()
     model.add_patches(comfy.lora.load_lora(tensors, {layer: f"{layer}.weight" for layer in layers}), strength)
+    if strength:
+        model.add_patches(norm_patches(patcher, lora), 1.0)
     show(f"{lora.name}: control picture {slot} of this MODEL")
     return model
 
@@ -97,9 +99,20 @@ def host_lora(lora: ControlLora, start: int, *, only_slot: bool) -> dict[str, Te
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": layer.up}
         if layer.bias is not None and not only_slot:
             tensors[f"{key}.diff_b"] = layer.bias
-    for name, scale in () if only_slot else lora.norms.items():
-        tensors[f"{NETWORK}{name.removesuffix(SCALE)}.set_weight"] = scale
     return tensors
+
+
+def norm_patches(patcher: Any, lora: ControlLora) -> dict[str, tuple[str, tuple[Tensor]]]:
+    """The host's patches of norms: the first LoRA's scales in place of the MODEL's, the differences of further ones."""
+    patches: dict[str, tuple[str, tuple[Tensor]]] = {}
+    for name, scale in lora.norms.items():
+        key = f"{NETWORK}{name.removesuffix(SCALE)}.weight"
+        if not patcher.patches.get(key):
+            patches[key] = ("set", (scale,))
+            continue
+        (own, _), *_ = patcher.get_key_patches(key)[key]
+        patches[key] = ("diff", (scale.float() - own.to(scale.device).float(),))
+    return patches
 
 
 def takes_hole(spec: Flux1Spec) -> bool:

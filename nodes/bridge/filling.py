@@ -35,6 +35,8 @@ LARGE = 2.0  # megapixels; FLUX.1 was trained on pictures of up to so many
 ALWAYS = (1.0, 0.0, 1.0)  # strength, start and end of what acts fully all the time
 TINT = (1.0, 0.0, 0.0)  # red, which says "mask" to most people
 TINTED = 0.5  # of a pixel's colour
+LEVEL = 1.5 / 255  # by which colours of one place may differ
+FILLED_SHARE = 0.9  # of a canvas's new pixels; the host's own node softens its mask within the picture
 
 Extra = dict[str, Any]
 Sides = dict[str, int]
@@ -261,8 +263,9 @@ def _hidden_whole(vae: Any, picture: Tensor) -> Extra:
 def _with_hole(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """A picture (B, H, W, 3) and its mask (B, H, W), both on the grid of latent cells."""
     hole = as_mask(mask.to(picture.device))
-    check_mask(hole, None if _keeps_a_box(hole) else say)
     height, width = picture.shape[1:3]
+    canvas = hole.shape[1:] == (height, width) and _is_canvas(*match_batch(picture, hole))
+    check_mask(hole, None if canvas else say)
     hole = fit_mask(hole, height, width, say)
     high, wide = height // CELL * CELL, width // CELL * CELL
     if 0 in (high, wide):
@@ -277,8 +280,26 @@ def _with_hole(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return match_batch(picture[inside], hole[inside])
 
 
-def _keeps_a_box(hole: Tensor) -> bool:
-    """Whether what masks (B, H, W) keep is a rectangle, as on FLUX Outpaint's canvas, and so is no mask by mistake."""
+def _is_canvas(pictures: Tensor, holes: Tensor) -> bool:
+    """Whether pictures (B, H, W, 3) show grey, or their edge repeated, in masks (B, H, W) all around a rectangle.
+
+    So are canvases to be outpainted, whose masks keep only the middle on purpose.
+    """
+    return all(_is_one_canvas(picture, hole) for picture, hole in zip(pictures, holes, strict=True))
+
+
+def _is_one_canvas(picture: Tensor, hole: Tensor) -> bool:
     kept = hole < SET
-    rows, columns = kept.any(2), kept.any(1)
-    return bool(kept.any()) and bool((kept == (rows[:, :, None] & columns[:, None])).all())
+    rows, columns = kept.any(1), kept.any(0)
+    if not kept.any() or not torch.equal(kept, rows[:, None] & columns):
+        return False
+    down, across = (_nearest(inside) for inside in (rows, columns))
+    filled = (picture - GREY).abs().amax(-1) <= LEVEL
+    filled |= (picture - picture[down][:, across]).abs().amax(-1) <= LEVEL
+    return bool(filled[~kept].float().mean() >= FILLED_SHARE)
+
+
+def _nearest(inside: Tensor) -> Tensor:
+    """For every place of a line the nearest of a stretch of it."""
+    [places] = inside.nonzero(as_tuple=True)
+    return torch.arange(len(inside), device=inside.device).clamp(int(places[0]), int(places[-1]))

@@ -25,7 +25,7 @@ from ...flux.specs.fit import Given
 from ...flux.specs.flux1 import Flux1Spec
 from ...flux.weights.readers.safetensors import SafetensorsFile
 from .compat import archive_dtypes, is_dynamic, patch, register_reload
-from .conditioning import check_channels, check_widths
+from .conditioning import check_channels, check_widths, sample_and_tell
 from .control_lora import further_channels
 from .experts import EXPERT, Expert, expert_of
 from .norms import host_state
@@ -145,6 +145,7 @@ def load_model(path: str, dtype: str = "auto", variant: str | None = None, disab
     model.diffusion_model.load_state_dict(host_state(state), assign=True)
     model.diffusion_model.requires_grad_(False)
     patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry", sample_with_table)
+    patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry tells", sample_and_tell)
     register_reload(patcher, load_model, path, dtype, variant)
     return patcher
 

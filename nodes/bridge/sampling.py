@@ -20,7 +20,7 @@ from ...flux.sampling.packing import token_grid
 from ...flux.sampling.schedules import check_sigmas, flux1_mu, make_schedule, shorten
 from ...flux.sampling.solvers import solver
 from .compat import fit_empty_latent, to_intermediate
-from .conditioning import check_conditioning, with_guidance
+from .conditioning import check_conditioning, tell_of_regions, with_guidance
 from .model import spec_of
 from .preflight import MODEL, given_of
 from .progress import check_cancelled, preview_callback, say
@@ -86,7 +86,9 @@ def sample(patcher: Any, latent: dict[str, Any], run: Run) -> dict[str, Any]:
     """
     start = fit_empty_latent(patcher, latent)
     check_latent(patcher, start)
-    check_conditioning(patcher, [*run.positive, *(run.negative or ())])
+    conditioning = [*run.positive, *(run.negative or ())]
+    check_conditioning(patcher, conditioning, masked=latent.get("noise_mask") is not None)
+    tell_of_regions(conditioning, (start.shape[-2] * CELL, start.shape[-1] * CELL))
     sigmas = torch.tensor(check_sigmas(run.sigmas) if run.sigmas else [], dtype=torch.float32)
     _tell_of_grey(start, sigmas)
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}

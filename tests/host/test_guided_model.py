@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -444,11 +446,8 @@ def control(conditioning: str, latent: str, slot: int, *, key: bool = False) -> 
 
 
 def with_controls(host: Host) -> tuple[Prompt, str, str]:
-    """A MODEL, two control LoRAs that bring the same norms, and pictures for both."""
+    """A MODEL, two control LoRAs with norms of their own, and pictures for both."""
     edges, depth = control_lora(host, "edges", 3), control_lora(host, "depth", 4)
-    files = [host.base / "models" / "loras" / name for name in (edges, depth)]
-    norms = {name: tensor for name, tensor in load_file(files[0]).items() if name.endswith("norm.scale")}
-    save_file(load_file(files[1]) | norms, files[1])
     prompt = {
         **with_models(host, draw=MINI),
         "other picture": node("ProbePicture", width=128, height=128, seed=2),
@@ -510,6 +509,51 @@ def test_a_control_lora_on_a_fill_model_has_its_picture_beside_the_hole(host: Ho
     assert_differ(host, prompt, "a", "c")
 
 
+def test_hole_control_styles_and_references_give_the_same_in_any_order(host: Host) -> None:
+    prompt, edges, _ = with_controls(host)
+    region = {"region": ["mask", 0]}
+    parts = {
+        "hole": ("positive", node(
+            "FluxFoundryFill", vae=["load", 2], image=["picture", 0], mask=["mask", 0], strength=1.0, start=0.0,
+            end=1.0, rounding="soft", noise_mask=False,
+        )),
+        "edges": ("positive", node(
+            "FluxFoundryControl", vae=["load", 2], image=["other picture", 0], kind="image", low=50.0, high=200.0,
+            automatic=False, fit="stretch", strength=1.0, start=0.25, end=1.0, slot=1,
+        )),
+        "style": ("conditioning", node(
+            "FluxFoundryRedux", style_model=["redux", 0], clip_vision=["redux", 1], image=["other picture", 0],
+            strength=0.7, strength_mode="attention", detail=0, max_tokens=0, fit="stretch", start=0.0, end=1.0,
+            **region,
+        )),
+        "view": ("conditioning", node(
+            "FluxFoundryReference", vae=["load", 2], image=["picture", 0], strength=0.6, start=0.0, end=0.75,
+            layout="auto", fit="pad", max_megapixels=1.0, **region,
+        )),
+    }  # fmt: skip
+    prompt |= {
+        **with_models(host, fill=FILL_MINI),
+        "redux": node("FluxFoundryLoadRedux", redux="embedded: flux1-redux-mini", vision_tower="embedded: siglip-mini"),
+        "guided": put("fill", edges, 0.8),
+    }
+    names = []
+    for order in itertools.permutations(parts):
+        before = "text"
+        for part in order:
+            socket, guide = parts[part]
+            after = "/".join((before, part))
+            prompt[after] = {**guide, "inputs": {**guide["inputs"], socket: [before, 0]}}
+            before = after
+        names.append(f"sampled {before}")
+        prompt[names[-1]] = our_sampler("guided", steps=4, positive=[before, 0])
+    for name in names[1:]:
+        assert_same(host, prompt, names[0], name, 1e-4)
+    for part in parts:
+        rest = [other for other in parts if other != part and part != "hole"] or ["hole"]
+        prompt[f"without {part}"] = our_sampler("guided", steps=4, positive=["/".join(("text", *rest)), 0])
+        assert_differ(host, prompt, names[0], f"without {part}")
+
+
 def test_a_control_lora_at_strength_0_keeps_its_place_and_does_nothing(host: Host) -> None:
     prompt, edges, depth = with_controls(host)
     prompt |= {
@@ -525,7 +569,8 @@ def test_a_control_lora_at_strength_0_keeps_its_place_and_does_nothing(host: Hos
 
 def test_what_a_model_has_no_input_for_is_refused_with_the_way_out(host: Host) -> None:
     prompt, edges, depth = with_controls(host)
-    prompt |= {"one": put("draw", edges), "core one": put("core draw", edges)}
+    prompt |= {"one": put("draw", edges), "core one": put("core draw", edges), **with_models(host, fill=FILL_MINI)}
+    prompt["fill with edges"] = put("fill", edges)
     hole = node("InpaintModelConditioning", **INPAINT, mask=["mask", 0], noise_mask=False)
     for sampler in (our_sampler, core_sampler):
         message = failure(host, {**prompt, "sample": sampler("one", positive=["depth second", 0])})
@@ -536,13 +581,21 @@ def test_what_a_model_has_no_input_for_is_refused_with_the_way_out(host: Host) -
         assert "Foundry Mini has no input for one; choose FLUX.1 Canny or Depth" in message
         message = failure(host, {**prompt, "hole": hole, "sample": sampler("draw", positive=["hole", 0])})
         assert "Foundry Mini has no input for one, so that it would have no effect; choose FLUX.1 Fill" in message
+        for model in ("fill", "fill with edges"):
+            message = failure(host, {**prompt, "sample": sampler(model, positive=["edges first", 0])})
+            assert (
+                "Foundry Mini Fill takes a picture with a hole in its place; put FLUX Fill before or behind" in message
+            )
     message = failure(host, {**prompt, "sample": our_sampler("core one", positive=["edges first", 0])})
     assert "the MODEL was not loaded by FLUX Foundry; load it with Load FLUX Model" in message
     message = failure(host, {**prompt, "sample": our_sampler("core draw", positive=["only second", 0])})
     assert "a second control picture, which only a MODEL of FLUX Foundry takes" in message
 
 
-def test_our_sampler_tells_of_what_a_model_was_not_given_or_not_made_for(host: Host) -> None:
+@pytest.mark.parametrize(("sampler", "wire"), [(our_sampler, "latent"), (core_sampler, "latent_image")])
+def test_a_sampler_tells_of_what_a_model_was_not_given_or_not_made_for(
+    host: Host, sampler: Callable[..., dict], wire: str
+) -> None:
     prompt, edges, _ = with_controls(host)
     specs = {"fill": FILL_MINI, "canny": CANNY_MINI}
     prompt = {**prompt, **with_models(host, **specs), "lora": put("draw", edges)}
@@ -557,10 +610,14 @@ def test_our_sampler_tells_of_what_a_model_was_not_given_or_not_made_for(host: H
         ("draw", "looks", "Foundry Mini was not trained to look at references: choose FLUX.1 Kontext"),
     ):
         latent = [positive, 2] if positive == "hole" else ["empty", 0]
-        sample = our_sampler(model, steps=1, positive=[positive, 0], latent=latent)
+        sample = sampler(model, steps=1, positive=[positive, 0], **{wire: latent})
         assert words in said(host, {**prompt, "sample": sample})
-    for model, positive in (("fill", "hole"), ("lora", "edges first"), ("draw", "text")):
-        told = said(host, {**prompt, "sample": our_sampler(model, steps=1, positive=[positive, 0])})
+    prompt["bare hole"] = {**prompt["hole"], "inputs": {**prompt["hole"]["inputs"], "noise_mask": False}}
+    if sampler is our_sampler:
+        told = said(host, {**prompt, "sample": sampler("core draw", steps=1, positive=["bare hole", 0])})
+        assert "carries a picture, but this MODEL has no input for one: choose Fill, Canny or Depth" in told
+    for model, positive in (("fill", "hole"), ("lora", "edges first"), ("draw", "text"), ("core draw", "text")):
+        told = said(host, {**prompt, "sample": sampler(model, steps=1, positive=[positive, 0])})
         assert "FLUX Foundry:" not in told
 
 

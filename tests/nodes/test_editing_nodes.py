@@ -209,9 +209,15 @@ def test_a_batch_may_have_one_mask_or_one_each(load: Callable[[str], ModuleType]
 
 def test_only_a_mask_that_looks_inverted_is_hinted_at(run: Callable, said: Callable[[], str]) -> None:
     canvas, mask, _ = run("editing", "Outpaint", image=numbers(1, 32, 32, 3), **{**CANVAS, **dict.fromkeys(SIDES, 32)})
-    run("filling", "Fill", positive=prompt(), vae=Vae(), image=canvas, mask=mask, **FILL)
-    assert "invert" not in said()
+    edged, *_ = run(
+        "editing", "Outpaint", image=canvas[:, 32:64, 32:64], **{**CANVAS, **dict.fromkeys(SIDES, 32), "fill": "edge"}
+    )
+    for outpainted in (canvas, edged):
+        run("filling", "Fill", positive=prompt(), vae=Vae(), image=outpainted, mask=mask, **FILL)
+        assert "invert" not in said()
     run("filling", "Fill", positive=prompt(), vae=Vae(), image=canvas, mask=1 - disc(96, 96), **FILL)
+    assert "keeps only what is in the middle" in said()
+    run("filling", "Fill", positive=prompt(), vae=Vae(), image=numbers(1, 96, 96, 3), mask=mask, **FILL)
     assert "keeps only what is in the middle" in said()
 
 

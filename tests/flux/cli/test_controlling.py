@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from argparse import Namespace
 
 import cv2
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from flux.cli.controlling import run_as_trained
 from flux.images import read_settings
+from flux.specs.flux1 import FLUX1
 
 
 def pixels(path):
@@ -234,3 +237,50 @@ def test_a_picture_without_edges_is_told_of_once(warnings, words, advice):
     (line,) = warnings("canny", np.zeros((32, 32), np.uint8), *words)
     assert "there are no edges in given.png" in line
     assert line.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("words", "ground", "told"),
+    [(("--type", "depth"), 0, "laid on black"), (("--type", "canny", "--ready"), 0, "laid on black"),
+     (("--type", "canny"), 255, "laid on white")],
+)  # fmt: skip
+def test_transparent_places_of_a_control_are_black_and_those_of_a_photo_white(guide, tmp_path, words, ground, told):
+    rgba = np.zeros((32, 48, 4), np.uint8)
+    rgba[8:24, 8:24] = 200, 200, 200, 255
+    Image.fromarray(rgba).save(tmp_path / "cut out.png")
+    shown = tmp_path / "seen.png"
+    said = guide(words[1], "control", tmp_path / "cut out.png", "x", *words, "--save-control", shown,
+                 "--out", tmp_path / "a.png")  # fmt: skip
+    assert said.code == 0
+    assert f"cut out.png is transparent in places: it is {told}" in "\n".join(said.err)
+    if "--ready" in words or words[1] == "depth":
+        assert set(np.unique(pixels(shown))) == {ground, 200}
+    else:
+        flat = np.full((32, 48, 3), ground, np.uint8)
+        flat[8:24, 8:24] = 200
+        assert np.array_equal(pixels(shown)[..., 0], cv2.Canny(flat, 50, 200))
+
+
+@pytest.mark.parametrize("size", [("--width", "100000"), ("--height", "0"), ("--height", "-16"), ("--width", "9000")])
+def test_a_size_that_no_picture_has_is_refused_before_anything_is_made(guide, picture, tmp_path, size):
+    path, _ = picture(64, 64)
+    shown = tmp_path / "seen.png"
+    said = guide("canny", "control", path, "x", "--type", "canny", *size, "--save-control", shown,
+                 "--out", tmp_path / "a.png")  # fmt: skip
+    assert said.code != 0
+    assert f"is {size[1]}; give 16 to 8192 pixels" in said.err[-1]
+    assert not shown.exists()
+
+
+def test_with_a_lora_it_runs_as_the_full_model_that_follows_the_same():
+    asked = {"type": "depth", "guidance": None, "steps": None, "sigmas": None}
+    for changes, expected in (
+        ({}, (10.0, 50)), ({"type": "canny"}, (30.0, 50)), ({"type": "image"}, (None, None)),
+        ({"guidance": 4.0, "steps": 8}, (4.0, 8)), ({"sigmas": [1.0, 0.0]}, (10.0, None)),
+    ):  # fmt: skip
+        arguments = Namespace(**{**asked, **changes})
+        run_as_trained(arguments, FLUX1["flux1-dev"])
+        assert (arguments.guidance, arguments.steps) == expected
+    mini = Namespace(**asked)
+    run_as_trained(mini, FLUX1["flux1-mini"])
+    assert (mini.guidance, mini.steps) == (3.0, 16)

@@ -589,6 +589,23 @@ def test_the_settings_tell_of_every_input(models):
     assert json.loads(json.dumps(settings)) == settings
 
 
+def test_norms_of_a_control_lora_come_in_by_its_strength_when_asked_to(models):
+    given = ControlInput(picture=picture(), lora=LORAS[0], strength=0.5)
+    whole, by_strength = (drawn(models["draw"], given, norms_by_strength=choice) for choice in (False, True))
+    assert not torch.equal(whole.pixels, by_strength.pixels)
+    assert ("norms_by_strength" in whole.settings, by_strength.settings["norms_by_strength"]) == (False, True)
+
+
+@pytest.mark.parametrize("make", [ControlInput, ReferenceInput], ids=["control", "reference"])
+def test_a_region_of_another_aspect_is_told_of(models, make):
+    told = []
+    task = {ControlInput: "canny", ReferenceInput: "edit"}[make]
+    for region in (hole(), torch.ones(1, 1, 16, 64)):
+        generate(models[task], asked(make(picture=picture(), region=region), steps=1), Hooks(warn=told.append))
+    [found] = [line for line in told if "region" in line]
+    assert found.startswith(f"a region (64x16) has another aspect than the output ({SIDE}x{SIDE}): it is stretched")
+
+
 def test_settings_of_a_run_without_inputs_are_as_they_were(models):
     assert not {"inputs", "layout"} & set(drawn(models["draw"], width=SIDE, height=SIDE).settings)
 
