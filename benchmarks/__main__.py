@@ -1,7 +1,7 @@
 """Every table that the project publishes: ``python -m benchmarks`` (or ``make bench``).
 
-``--quick`` leaves the slow ones out: fidelity, decoding, the prompts of the embedded models, and the step beside
-diffusers. ``--fidelity`` prints what each storage format costs, and nothing else.
+``--quick`` leaves the slow ones out: fidelity, decoding, what the embedded models draw of prompts and under guidance,
+and the step beside diffusers. ``--fidelity`` prints what each storage format costs, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from pathlib import Path
 
 import torch
 
-from flux.mini.files import FOLDER, MINI
+from flux.mini.files import FOLDER, GUIDED_FILES, MINI
 from flux.mini.train_autoencoder import psnr_on_fresh_scenes
 from flux.models.autoencoder import Autoencoder
 from flux.pipelines.parts import open_autoencoder
 from flux.version import VERSION
+from flux.weights.readers.gguf import GgufFile
 from flux.weights.readers.safetensors import SafetensorsFile
 
-from . import decoding, fidelity, opening, prompts, startup, transformer
+from . import decoding, fidelity, guided, opening, prompts, startup, transformer
 
 __all__ = ["main"]
 
 TABLES = Path(__file__).resolve().parent / "tables"
 PSNR_SCENES = 200
 PSNR_BAR = 34.0
+MOST_MB = 32  # of the models that draw from text, and again of those that pictures guide
 MB = 1e6
 
 
@@ -38,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only what takes seconds")
     parser.add_argument("--fidelity", action="store_true", help="only what each storage format costs")
     parser.add_argument("--count", type=int, default=600, help="prompts for each embedded model (default: %(default)s)")
+    parser.add_argument(
+        "--cases", type=int, default=200, help="pictures for each embedded guided model (default: %(default)s)"
+    )
     parser.add_argument("--write", action="store_true", help=f"keep the tables in {TABLES.parent.name}/{TABLES.name}")
     options = parser.parse_args(arguments)
     parts = {"environment": environment, "embedded": embedded, "startup": startup.table, "opening": opening.table}
@@ -45,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         parts["fidelity"] = fidelity.table
         parts["decoding"] = decoding.table
         parts["prompts"] = lambda: prompts.table(options.count)
+        parts["guided"] = lambda: guided.table(options.cases)
         parts["transformer"] = transformer.table
     if options.fidelity:
         parts = {"fidelity": fidelity.table}
@@ -78,10 +84,12 @@ def _processor() -> str:
 def embedded() -> str:
     """Sizes of the embedded files, and the autoencoder's fidelity on fresh scenes."""
     rows = []
-    for path in sorted(FOLDER.glob("*.safetensors")):
-        count = sum(math.prod(entry.shape) for entry in SafetensorsFile(path).values())
+    readers = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
+    for path in sorted(path for path in FOLDER.iterdir() if path.suffix in readers):
+        count = sum(math.prod(entry.shape) for entry in readers[path.suffix](path).values())
         rows.append(f"| {path.name} | {count / MB:.2f} M | {path.stat().st_size / MB:.2f} MB |")
-    total = sum(p.stat().st_size for p in FOLDER.iterdir() if p.is_file())
+    guided_bytes = sum(path.stat().st_size for path in GUIDED_FILES)
+    text_bytes = sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) - guided_bytes
     part = open_autoencoder(MINI.autoencoder, torch.device("cpu"), torch.float32)
     with part.resident() as autoencoder:
         assert isinstance(autoencoder, Autoencoder)
@@ -91,7 +99,8 @@ def embedded() -> str:
             "| file | parameters | size |",
             "|---|---|---|",
             *rows,
-            f"| all files | | **{total / MB:.2f} MB** |",
+            f"| all that draw from text | | **{text_bytes / MB:.2f} MB** (bar: {MOST_MB}) |",
+            f"| all that pictures guide | | **{guided_bytes / MB:.2f} MB** (bar: {MOST_MB}) |",
             "",
             f"Autoencoder on {PSNR_SCENES} scenes that training never drew: **{psnr:.2f} dB** PSNR "
             f"(bar: {PSNR_BAR:.0f}).",

@@ -11,6 +11,7 @@ __all__ = ["main"]
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = {
     "prompts": "Does the embedded model draw what the prompt says?",
+    "guided": "Do the embedded guided models do what they are there for?",
     "embedded": "The embedded files",
     "fidelity": "What each storage format costs",
     "startup": "How long it takes",

@@ -149,9 +149,9 @@ class LoadEmbedded(io.ComfyNode):
                     "model",
                     options=list(EMBEDDED_MODELS),
                     tooltip="mini: takes 16 steps and guidance 3. mini schnell: takes 4 steps and has no guidance. "
-                    "Both draw coloured shapes and short words on 128x128 pixels. mini fill, canny, depth and "
-                    "kontext do with such pictures what FLUX Fill, FLUX Control and FLUX Reference ask for; 16 steps, "
-                    "guidance 3.",
+                    "Both draw coloured shapes and short words on 128x128 pixels. mini fill, canny, depth, "
+                    "kontext and redux do with such pictures what FLUX Fill, FLUX Control, FLUX Reference and FLUX "
+                    "Redux ask for; 16 steps, guidance 3 (redux: 2).",
                 ),
             ],
             outputs=[

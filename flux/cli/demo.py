@@ -57,7 +57,7 @@ FROM_PICTURE = Shot("from-picture", "mini", "a red circle on the left and a gree
 DENOISE = 0.85  # of the picture made from the first one
 
 # The production chain, which begins with the first shot.
-HOLE = (68, 32, 120, 96)  # left, top, right, bottom: around the square on the right
+HOLE = (68, 32, 128, 96)  # left, top, right, bottom: around the square on the right
 FILL_PROMPT = "a yellow star"
 EDIT_PROMPT = "make the circle green"
 VARIATIONS = 2
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             FROM_PICTURE.name, models[FROM_PICTURE.model],
             Request(prompt=FROM_PICTURE.prompt, seed=SEED, image=pictures[0], denoise=DENOISE),
         )  # fmt: skip
-        chain = _chain(studio, models["mini"], pictures[0]) if _has_chain() else []
+        chain = _chain(studio, pictures[0]) if _has_chain() else []
     sheet = draw_sheet(chain, [picture[0] for picture in pictures])
     path = studio.folder / "sheet.png"
     write_whole(path, lambda file: sheet.save(file, "PNG"))
@@ -131,13 +131,12 @@ def _has_chain() -> bool:
     """Whether the models of the chain are inside the pack."""
     from ..mini import files
 
-    needed = (
-        files.MINI_FILL.transformer, files.MINI_KONTEXT.transformer, files.REDUX_MINI_FILE, files.SIGLIP_MINI_FILE
-    )  # fmt: skip
+    models = (files.MINI_FILL, files.MINI_REDUX, files.MINI_KONTEXT)
+    needed = (*(model.transformer for model in models), files.REDUX_MINI_FILE, files.SIGLIP_MINI_FILE)
     return all(path.is_file() for path in needed)
 
 
-def _chain(studio: _Studio, mini: FluxModel, first: Tensor) -> list[Link]:
+def _chain(studio: _Studio, first: Tensor) -> list[Link]:
     """Text, what Fill paints into a hole, what Redux makes of that, and what Kontext makes of one."""
     from ..mini import files
     from ..pipelines.guided import ReferenceInput
@@ -147,12 +146,12 @@ def _chain(studio: _Studio, mini: FluxModel, first: Tensor) -> list[Link]:
 
     height, width = first.shape[-2:]
     holed, filled = _filled(studio, first)
-    encoder = files.open_redux_mini()
+    encoder, model = files.open_redux_mini(), files.open_mini(files.MINI_REDUX)
     views = vision_pixels(filled.movedim(1, -1), encoder.tower.spec.side)
     guide = style_guide(encoder.encode(ReduxPicture(views=views)))
     variations = [
         studio.paint(
-            f"chain-{3 + index}-redux", mini,
+            f"chain-{3 + index}-redux", model,
             Request(prompt="", width=width, height=height, seed=SEED + index, inputs=[guide]),
         )
         for index in range(VARIATIONS)

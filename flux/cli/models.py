@@ -37,11 +37,12 @@ KINDS: tuple[tuple[str, Mapping[str, Any], Callable[[Any], nn.Module]], ...] = (
     ("Redux adapter", REDUXES, Redux),
 )
 INSIDE = "inside the pack"
-COMMANDS = (  # and which tasks' models they run
-    ("`generate` takes", ("draw",)),
-    ("`fill` and `outpaint` take", ("fill",)),
-    ("`control` takes", ("canny", "depth")),
-    ("`edit` takes", ("edit",)),
+COMMANDS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (  # and which models they run
+    ("`generate` takes", lambda row: row["task"] == "draw"),
+    ("`redux` takes", lambda row: row["task"] == "draw" and row["heeds_redux"]),
+    ("`fill` and `outpaint` take", lambda row: row["task"] == "fill"),
+    ("`control` takes", lambda row: row["task"] in ("canny", "depth")),
+    ("`edit` takes", lambda row: row["task"] == "edit"),
 )
 MILLION, BILLION = 10**6, 10**9
 
@@ -129,11 +130,8 @@ def _as_text(facts: dict[str, list[dict[str, Any]]]) -> str:
         for row in facts["parts"]
     ]
     taken = [
-        f"{command} {', '.join(row['name'] for row in facts['models'] if row['task'] in tasks)}"
-        for command, tasks in COMMANDS
+        f"{command} {', '.join(row['name'] for row in facts['models'] if runs(row))}" for command, runs in COMMANDS
     ]
-    heeding = [row["name"] for row in facts["models"] if row["task"] == "draw" and row["heeds_redux"]]
-    taken.insert(1, f"`redux` takes {', '.join(heeding)}")
     return "\n".join(
         (
             *table(("MODEL", "FILE", "SIZE", "BF16", "STEPS", "GUIDANCE", "NEEDS", "LICENCE"), models),

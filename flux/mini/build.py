@@ -54,10 +54,10 @@ GUIDED = {"steps": 600, "decay": 500, "batch": 64, "learning_rate": 8e-4}
 SCHNELL = {"steps": 400, "decay": 350, "batch": 64, "learning_rate": 8e-4}
 # The guided models begin with ``flux1-mini``, Depth with Canny. What ships was trained in sittings, too: Fill's first
 # 2,500 steps were without ``PULL``, then 900 with it, 600 of them descending, and from their average 1,600 more, 900
-# descending. Depth's LoRA had 500 steps without it and 300 with it. Redux's model is not finished: it had 2,600 steps
-# with prompts in half of a batch, and from six tenths of the way between ``flux1-mini`` and it 1,600 with prompts
-# counting three times, so that one model might do both, which served neither; then, for Redux alone, 1,200 with full
-# strengths only and 720 as ``train_style`` has them now. From nothing, begin with these numbers.
+# descending. Depth's LoRA had 500 steps without it and 300 with it. Redux had 3,400 steps of the
+# stage "style", 2,130 of them descending, 900 more from half the rate to nothing, and from the mean of both averages
+# another 480 likewise, on fewer drawn batches and with weak strengths in an eighth of the steps; all by two processes
+# with half a batch each. From nothing, begin with these numbers.
 GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "fill": {"steps": 3400, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "canny": {"steps": 900, "decay": 400, "batch": 32, "learning_rate": 1.5e-3},
@@ -65,8 +65,8 @@ GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "canny_lora": {"steps": 500, "decay": 350, "batch": 32, "learning_rate": 8e-4},
     "depth_lora": {"steps": 500, "decay": 350, "batch": 32, "learning_rate": 8e-4},
     "edit": {"steps": 3000, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
-    "words": {"steps": 1000, "decay": 500, "batch": 64, "learning_rate": 2.5e-3},
-    "style": {"steps": 4500, "decay": 1500, "batch": 32, "learning_rate": 5e-4},
+    "words": {"steps": 800, "decay": 400, "batch": 64, "learning_rate": 2.5e-3},
+    "style": {"steps": 4800, "decay": 2400, "batch": 32, "learning_rate": 1.2e-3},
 }
 # As classifier-free guidance of 2: shapes are the sharper for it, colours righter.
 PULL = {"fill": 0.5, "depth": 0.5, "depth_lora": 0.5}

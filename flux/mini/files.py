@@ -14,9 +14,9 @@ from ..pipelines.redux import ReduxEncoder, open_redux_encoder
 from ..pipelines.text_to_image import FluxModel
 
 __all__ = [
-    "CONTROL_LORAS", "FOLDER", "MINI", "MINI_CANNY", "MINI_DEPTH", "MINI_FILL", "MINI_KONTEXT",
-    "MINI_REDUX", "MINI_SCHNELL", "REDUX_MINI_FILE", "SIGLIP_MINI_FILE", "MiniFiles", "open_control_lora", "open_mini",
-    "open_redux_mini",
+    "CONTROL_LORAS", "FOLDER", "GUIDED", "GUIDED_FILES", "MINI", "MINI_CANNY", "MINI_DEPTH", "MINI_FILL",
+    "MINI_KONTEXT", "MINI_REDUX", "MINI_SCHNELL", "REDUX_MINI_FILE", "SIGLIP_MINI_FILE", "MiniFiles",
+    "open_control_lora", "open_mini", "open_redux_mini",
 ]  # fmt: skip
 
 FOLDER = Path(__file__).resolve().parent / "weights"
@@ -46,6 +46,15 @@ CONTROL_LORAS = {  # by what they make ``MINI`` follow
     "canny": FOLDER / "flux1-canny-mini-lora.safetensors",
     "depth": FOLDER / "flux1-depth-mini-lora.safetensors",
 }
+GUIDED = {  # by what guides them
+    "fill": MINI_FILL, "canny": MINI_CANNY, "depth": MINI_DEPTH, "kontext": MINI_KONTEXT, "redux": MINI_REDUX,
+}  # fmt: skip
+GUIDED_FILES = (
+    *(files.transformer for files in GUIDED.values()),
+    *CONTROL_LORAS.values(),
+    REDUX_MINI_FILE,
+    SIGLIP_MINI_FILE,
+)
 
 
 def open_mini(files: MiniFiles = MINI, device: str = "cpu", dtype: torch.dtype | None = None) -> FluxModel:

@@ -40,17 +40,17 @@ from .train_text import token_owners
 __all__ = ["Listener", "Style", "cells_of", "start_tower", "train_style", "train_words", "vision_view", "words_of"]
 
 BYTE = 255
-COARSE_SHARE = 0.25  # of the steps with Redux tokens averaged to a coarser grid
+COARSE_SHARE = 0.15  # of the steps with Redux tokens averaged to a coarser grid
 COARSE_GRIDS = (3, 5)
 PROMPTS_SHARE = 0.125  # of a batch: prompts alone, of which the text model keeps what it knows
-KEPT_WEIGHT = 0.5
+KEPT_WEIGHT = 0.25
 HEEDING_MEAN = 1.5  # of the times' logit-normal distribution: what is drawn where is decided early
-NEAR_SHARE, NEAR_GUIDANCE = 0.75, (2.0, 5.0)  # of the steps, and their guidance: what pictures are drawn with
+NEAR_SHARE, NEAR_GUIDANCE = 0.75, (1.5, 3.5)  # of the steps, and their guidance: what pictures are drawn with
 WORDS_WEIGHT, GROUND_WEIGHT = 0.25, 0.25  # beside what the head asks of cells with objects
 PATCHED_SCENES = 256  # whose patches the tower begins with
 LEAST_VARIANCE = 1e-5  # of a patch's principal directions, of the largest
 LONGEST_WAVE = 30.0  # of places, in cells over 2 pi
-WEAK_SHARE, WEAK_STRENGTHS = 0.35, (0.05, 1.0)  # of the steps, with a strength in between, which takes over so much
+WEAK_SHARE, WEAK_STRENGTHS = 0.2, (0.05, 1.0)  # of the steps, with a strength in between, which takes over so much
 LEFT_OUT = -1e4  # added to the logits of tokens that are left out
 GROUND = -1  # the item of cells that show none
 

@@ -16,12 +16,8 @@ import folder_paths
 
 from ...flux.errors import MissingFileError
 from ...flux.mini.files import (
+    GUIDED,
     MINI,
-    MINI_CANNY,
-    MINI_DEPTH,
-    MINI_FILL,
-    MINI_KONTEXT,
-    MINI_REDUX,
     MINI_SCHNELL,
     REDUX_MINI_FILE,
     SIGLIP_MINI_FILE,
@@ -39,13 +35,10 @@ HOST_SUFFIXES = (".safetensors", ".sft")  # that the host lists itself
 OWN_SUFFIXES = (".gguf", INDEX_SUFFIX)
 SUFFIXES = (*HOST_SUFFIXES, *OWN_SUFFIXES)
 LEFT_OUT = [".git"]  # folders, as in the host's own listing
-GUIDED_MODELS = {
-    "fill": MINI_FILL, "canny": MINI_CANNY, "depth": MINI_DEPTH, "kontext": MINI_KONTEXT, "redux": MINI_REDUX,
-}  # fmt: skip
 EMBEDDED_MODELS: dict[str, MiniFiles] = {
     "mini": MINI,
     "mini schnell": MINI_SCHNELL,
-    **{f"mini {task}": files for task, files in GUIDED_MODELS.items() if files.transformer.is_file()},
+    **{f"mini {task}": files for task, files in GUIDED.items() if files.transformer.is_file()},
 }
 INSPECTED = (
     "diffusion_models", "checkpoints", "text_encoders", "vae", "loras", "controlnet", "style_models", "clip_vision",
@@ -238,7 +231,7 @@ MODELS = Choice(
     {
         "flux1-mini": MINI.transformer,
         "flux1-mini-schnell": MINI_SCHNELL.transformer,
-        **{files.transformer.stem: files.transformer for files in GUIDED_MODELS.values()},
+        **{files.transformer.stem: files.transformer for files in GUIDED.values()},
     },
     "transformer",
 )

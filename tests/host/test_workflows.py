@@ -23,7 +23,7 @@ from flux.mini.language import Request, Wanted
 from flux.mini.scenes import draw, lay_out
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-ALIKE = 0.8  # IoU of outlines that follow a control
+ALIKE = 0.85  # IoU of outlines that follow a control
 
 
 def asked(*objects: tuple[str, str], background: str | None = None) -> Request:
@@ -39,13 +39,17 @@ RESULTS = {
     "canny": asked(STAR, background="blue"),
     "depth": asked(("green", "ring"), ("red", "square"), background="yellow"),
     "depth-and-canny": asked(("green", "star"), ("purple", "circle"), background="white"),
+    "redux": asked(CIRCLE, SQUARE),
+    "redux-two-images": asked(CIRCLE, ("blue", "star"), background="white"),
+    "redux-masked": asked(CIRCLE),
     "kontext-edit": asked(GREEN_CIRCLE, SQUARE),
     "kontext-two-references": asked(CIRCLE, ("blue", "star"), background="white"),
+    "production-chain": asked(GREEN_CIRCLE, STAR),
 }
 FOLLOWING = ("canny", "depth", "depth-and-canny")
 HOLE, SOFT = (68, 32, 128, 96), 8  # left, top, right, bottom of what is painted, and how far its edge is soft
 # What is as it was, in which of the pictures that are shown in between, or in what is saved.
-KEPT = {"inpaint": "around", "outpaint": "left"}
+KEPT = {"inpaint": "around", "outpaint": "left", "production-chain": "around"}
 STAYING = {"kontext-edit": [SQUARE]}  # at its place
 NEAR = 8.0  # pixels
 FROM_TEXT = [path for path in WORKFLOWS if path.stem not in RESULTS]

@@ -86,5 +86,6 @@ def test_a_workflow_that_runs_at_once_has_its_real_files_beside_it_muted(path: P
 
 def test_there_is_a_workflow_for_every_kind_of_guidance() -> None:
     assert {path.stem for path in WORKFLOWS} >= {
-        "inpaint", "outpaint", "canny", "depth", "depth-and-canny", "kontext-edit", "kontext-two-references",
+        "inpaint", "outpaint", "canny", "depth", "depth-and-canny", "redux", "redux-two-images", "redux-masked",
+        "kontext-edit", "kontext-two-references", "production-chain",
     }  # fmt: skip

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.checker import find_blobs
 from flux.cli import demo
 from flux.cli.sheet import GAP, GROUND, MARGIN
 from flux.images import read_settings
@@ -21,7 +22,7 @@ def shots(monkeypatch, tiny, guided):
     own = {"autoencoder": tiny.autoencoder, "clip": tiny.clip, "t5": tiny.t5}
     for name, path in {
         "MINI": tiny.transformer, "MINI_SCHNELL": tiny.transformer, "MINI_FILL": guided.models["fill"],
-        "MINI_KONTEXT": guided.models["kontext"],
+        "MINI_KONTEXT": guided.models["kontext"], "MINI_REDUX": tiny.transformer,
     }.items():  # fmt: skip
         monkeypatch.setattr(files, name, files.MiniFiles(path, **own))
     monkeypatch.setattr(files, "REDUX_MINI_FILE", guided.redux)
@@ -63,6 +64,14 @@ def test_the_sheet_shows_the_chain_above_the_other_pictures(flux, shots, tmp_pat
     below = sheet[-MARGIN - SIDE : -MARGIN]
     for left, name in zip(places, shots, strict=False):
         assert np.array_equal(below[:, left : left + SIDE], pixels(tmp_path / f"{name}.png"))
+
+
+def test_the_embedded_models_draw_the_chain(flux, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "SHOTS", demo.SHOTS[:1])
+    assert flux("demo", "--out", tmp_path).code == 0
+    filled, varied = {("red", "circle"), ("yellow", "star")}, {("green", "circle"), ("yellow", "star")}
+    for name, things in zip(CHAIN, (filled, filled, filled, varied), strict=True):
+        assert {(blob.colour, blob.shape) for blob in find_blobs(pixels(tmp_path / f"{name}.png"))} == things
 
 
 def test_without_the_guided_models_there_is_no_chain(flux, shots, tmp_path, monkeypatch):

@@ -20,12 +20,8 @@ from flux.editing.outpaint import ANCHORS
 from flux.images import read_settings
 from flux.mini.files import (
     CONTROL_LORAS,
+    GUIDED,
     MINI,
-    MINI_CANNY,
-    MINI_DEPTH,
-    MINI_FILL,
-    MINI_KONTEXT,
-    MINI_REDUX,
     MINI_SCHNELL,
     REDUX_MINI_FILE,
     SIGLIP_MINI_FILE,
@@ -295,7 +291,7 @@ def test_the_names_in_the_help_of_guided_commands_are_the_engine_s():
 
 
 def test_the_embedded_files_are_the_package_s():
-    own = [MINI, MINI_SCHNELL, MINI_FILL, MINI_CANNY, MINI_DEPTH, MINI_KONTEXT, MINI_REDUX]
+    own = [MINI, MINI_SCHNELL, *GUIDED.values()]
     assert [files.WEIGHTS / FLUX1[name].files[0] for name in files.EMBEDDED] == [row.transformer for row in own]
     assert files.EMBEDDED_LORAS == CONTROL_LORAS
     parts = {

@@ -11,13 +11,9 @@ from safetensors.torch import load_file
 
 from benchmarks.prompts import measure
 from flux.mini.files import (
-    CONTROL_LORAS,
     FOLDER,
+    GUIDED_FILES,
     MINI,
-    MINI_CANNY,
-    MINI_DEPTH,
-    MINI_FILL,
-    MINI_KONTEXT,
     MINI_SCHNELL,
     open_mini,
 )
@@ -30,10 +26,6 @@ from flux.weights.readers.gguf import GgufFile
 from tests.oracles import autoencoder_oracle, clip_oracle, flux1_oracle, t5_oracle
 
 MOST_BYTES = 32_000_000  # of the models that draw from text, and again of those that pictures guide
-GUIDED = {
-    *(one.transformer for one in (MINI_FILL, MINI_CANNY, MINI_DEPTH, MINI_KONTEXT)),
-    *CONTROL_LORAS.values(),
-}  # fmt: skip
 PROMPT = "a large red circle on the left and a large blue square on the right"
 SEED = 7
 LEVELS = 2  # of 255, by which a few pixels may differ: two implementations round in different places
@@ -89,9 +81,9 @@ def test_it_draws_what_prompts_say_that_training_never_drew(name):
 
 
 def test_the_files_are_small_and_state_their_licence():
-    guided = [path for path in FOLDER.iterdir() if path in GUIDED]
-    assert len(guided) == len(GUIDED)
-    for group in (guided, [path for path in FOLDER.iterdir() if path not in GUIDED]):
+    guided = [path for path in FOLDER.iterdir() if path in GUIDED_FILES]
+    assert len(guided) == len(GUIDED_FILES)
+    for group in (guided, [path for path in FOLDER.iterdir() if path not in GUIDED_FILES]):
         assert sum(path.stat().st_size for path in group) <= MOST_BYTES
     for path in FOLDER.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
