@@ -18,7 +18,7 @@ def paths(part):
 def test_embedded_models_stand_first_and_pickles_nowhere(paths) -> None:
     assert paths.MODELS.names() == [
         *(f"embedded: flux1-{name}" for name in (
-            "mini", "mini-schnell", "fill-mini", "canny-mini", "depth-mini", "kontext-mini",
+            "mini", "mini-schnell", "fill-mini", "canny-mini", "depth-mini", "kontext-mini", "mini-redux",
         )),
         "flux1-dev.safetensors", "sub/flux1-schnell.sft",
     ]  # fmt: skip
