@@ -26,7 +26,7 @@ def test_embedded_models_stand_first_and_pickles_nowhere(paths) -> None:
 
 def test_no_two_embedded_files_have_one_name(paths) -> None:
     names = [name for choice in (paths.MODELS, paths.STYLE_MODELS, paths.VISION_TOWERS) for name in choice.own]
-    assert len(names) == len(set(names)) == 6
+    assert len(names) == len(set(names)) == 9
 
 
 def test_embedded_names_are_files_of_the_pack(paths) -> None:
