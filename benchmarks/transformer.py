@@ -95,7 +95,7 @@ def our_step(path: Path, inputs: Inputs, dtype: torch.dtype) -> tuple[Callable[[
     start = time.perf_counter()
     flow.prepare([inputs.time * (1 - i / SCHEDULE_STEPS) for i in range(SCHEDULE_STEPS)])
     share = (time.perf_counter() - start) / SCHEDULE_STEPS
-    conditions = Conditions(flow.tokens, text_ids(TEXT_TOKENS), image_ids(ROWS, COLUMNS))
+    conditions = Conditions(flow.prompt, text_ids(TEXT_TOKENS), image_ids(ROWS, COLUMNS))
     return lambda: model(inputs.image, conditions, flow.table[inputs.time]), share
 
 

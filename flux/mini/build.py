@@ -54,10 +54,10 @@ GUIDED = {"steps": 600, "decay": 500, "batch": 64, "learning_rate": 8e-4}
 SCHNELL = {"steps": 400, "decay": 350, "batch": 64, "learning_rate": 8e-4}
 # The guided models begin with ``flux1-mini``, Depth with Canny. What ships was trained in sittings, too: Fill's first
 # 2,500 steps were without ``PULL``, then 900 with it, 600 of them descending, and from their average 1,600 more, 900
-# descending. Depth's LoRA had 500 steps without it and 300 with it. Redux had 3,400 steps of the
-# stage "style", 2,130 of them descending, 900 more from half the rate to nothing, and from the mean of both averages
-# another 480 likewise, on fewer drawn batches and with weak strengths in an eighth of the steps; all by two processes
-# with half a batch each. From nothing, begin with these numbers.
+# descending. Depth's LoRA had 500 steps without it and 300 with it. Redux had 3,400 steps of the stage "style", 1,900
+# of them descending, then 900 from half the rate to nothing, and from the mean of both averages 480 likewise, on fewer
+# drawn batches and with weak strengths in an eighth of the steps; all by two processes with half a batch each. From
+# nothing, begin with these numbers.
 GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "fill": {"steps": 3400, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "canny": {"steps": 900, "decay": 400, "batch": 32, "learning_rate": 1.5e-3},
@@ -81,7 +81,7 @@ GUIDED_FORMATS = {  # what guided transformers ship in
     CANNY_MINI.name: "gguf:Q4_K",
     DEPTH_MINI.name: "gguf:Q4_K",
     KONTEXT_MINI.name: "gguf:Q5_K",  # in Q4_K it changed colours of the rest in 5 of 100 cases
-    MINI_REDUX.name: "gguf:Q6_K",  # of the objects in 200 references, one in a hundred fewer is there again in Q5_K
+    MINI_REDUX.name: "gguf:Q6_K",  # of the objects in references, one in a hundred fewer was there again in Q5_K
 }
 SHIPPED_RANK = 18  # of control LoRAs, which are trained with more: outlines and colours were as good in 96 cases
 

@@ -270,6 +270,7 @@ def guidance_of(
     size: tuple[int, int],
     *,
     layout: str = "offset",
+    norms_by_strength: bool = False,
     seed: int = 0,
 ) -> Guidance:
     """Encode inputs.
@@ -279,6 +280,7 @@ def guidance_of(
         autoencoder: Encodes pictures.
         size: Height and width of the run in pixels, multiples of 16.
         layout: Of references.
+        norms_by_strength: Of control LoRAs; see ``Guidance``.
         seed: Of samples of the posterior, for each input anew, so that their order does not matter.
     """
     guides: list[Guide] = []
@@ -298,7 +300,7 @@ def guidance_of(
             guides.append(Channels(latents=latents, lora=given.lora, model=name, **_common(given)))
     partly = any(isinstance(given, FillInput) and not _acts_throughout(given) for given in inputs)
     empty = empty_fill(autoencoder, size) if partly else None
-    return Guidance(guides=guides, models=models, layout=layout, empty=empty)
+    return Guidance(guides=guides, models=models, layout=layout, norms_by_strength=norms_by_strength, empty=empty)
 
 
 def _named(models: dict[str, Part[Flux1Spec, Flux1]], model: Part[Flux1Spec, Flux1]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -165,8 +165,10 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     if request.inputs:
         with _stage(hooks, "encoding"):
             size = (plan.height, plan.width)
-            guided = guidance_of(request.inputs, model.autoencoder, size, layout=request.layout)
-            guided = replace(guided, norms_by_strength=request.norms_by_strength)
+            guided = guidance_of(
+                request.inputs, model.autoencoder, size,
+                layout=request.layout, norms_by_strength=request.norms_by_strength,
+            )  # fmt: skip
     with ExitStack() as held:
         # 4. The transformer's weights and tables, for all pictures.
         velocity = None

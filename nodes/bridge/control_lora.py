@@ -104,14 +104,15 @@ def host_lora(lora: ControlLora, start: int, *, only_slot: bool) -> dict[str, Te
 
 def norm_patches(patcher: Any, lora: ControlLora) -> dict[str, tuple[str, tuple[Tensor]]]:
     """The host's patches of norms: the first LoRA's scales in place of the MODEL's, the differences of further ones."""
+    scales = {f"{NETWORK}{name.removesuffix(SCALE)}.weight": scale for name, scale in lora.norms.items()}
+    owns = patcher.get_key_patches(NETWORK) if any(patcher.patches.get(key) for key in scales) else {}
     patches: dict[str, tuple[str, tuple[Tensor]]] = {}
-    for name, scale in lora.norms.items():
-        key = f"{NETWORK}{name.removesuffix(SCALE)}.weight"
-        if not patcher.patches.get(key):
+    for key, scale in scales.items():
+        if patcher.patches.get(key):
+            (own, _), *_ = owns[key]
+            patches[key] = ("diff", (scale.float() - own.to(scale.device).float(),))
+        else:
             patches[key] = ("set", (scale,))
-            continue
-        (own, _), *_ = patcher.get_key_patches(key)[key]
-        patches[key] = ("diff", (scale.float() - own.to(scale.device).float(),))
     return patches
 
 
