@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...flux.errors import MismatchError
 from ...flux.pipelines.given import tell_of_region
-from ...flux.sampling.packing import PATCH
 from ...flux.specs.flux1 import Flux1Spec
 from .control_lora import FIRST_LAYER, control_slots, takes_hole
 from .entries import MASK as REGION
@@ -125,11 +124,11 @@ def check_foreign(patcher: Any, conditioning: Conditioning) -> None:
 
 def _tell_foreign(patcher: Any, conditioning: Conditioning, *, masked: bool) -> None:
     """Warn of a picture that a MODEL of another loader has no input for, where it is not the noise mask's."""
-    first = getattr(getattr(patcher.model.diffusion_model, "img_in", None), "weight", None)
-    latent = patcher.model.model_config.unet_config.get("out_channels")
-    if masked or first is None or latent is None or FIRST_LAYER in patcher.patches:
+    config = patcher.model.model_config.unet_config
+    channels = [config.get(name) for name in ("in_channels", "out_channels")]
+    if masked or None in channels or FIRST_LAYER in patcher.patches:
         return
-    if first.shape[-1] <= latent * PATCH**2 and any(extra.get(IMAGE) is not None for _, extra in conditioning):
+    if channels[0] == channels[1] and any(extra.get(IMAGE) is not None for _, extra in conditioning):
         say("the CONDITIONING carries a picture, but this MODEL has no input for one: choose Fill, Canny or Depth")
 
 
