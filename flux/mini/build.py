@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +18,12 @@ from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
+from ..pipelines.parts import open_transformer
 from ..specs.autoencoder import MINI as MINI_AUTOENCODER
 from ..specs.flux1 import CANNY_MINI, DEPTH_MINI, FILL_MINI, KONTEXT_MINI, MINI, MINI_REDUX, MINI_SCHNELL, Flux1Spec
 from ..specs.text import CLIP_MINI, T5_MINI
 from ..specs.vision import REDUX_MINI, SIGLIP_MINI
+from ..training import parallel
 from ..training.checkpoints import load_checkpoint, save_checkpoint
 from ..weights.convert import convert
 from ..weights.readers.tokenizer import read_clip_tokenizer, read_t5_tokenizer
@@ -31,7 +35,7 @@ from .tokenizer import build_tokenizer
 from .train_autoencoder import AutoencoderRecipe, pixels_from_bytes, psnr_on_fresh_scenes, train_autoencoder
 from .train_flow import FlowRecipe, FrozenEncoders, train_base, train_guided, train_schnell
 from .train_guided import Bench, cut_lora, train_control_lora, train_variant, trained_lora_tensors
-from .train_style import Listener, train_style, train_words
+from .train_style import Listener, Style, train_style, train_words
 from .train_text import TextRecipe, train_text_encoders
 
 __all__ = ["FLOW_STAGES", "GUIDED_STAGES", "STAGES", "Builder", "preview_factors"]
@@ -67,6 +71,8 @@ GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "edit": {"steps": 3000, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "words": {"steps": 800, "decay": 400, "batch": 64, "learning_rate": 2.5e-3},
     "style": {"steps": 4800, "decay": 2400, "batch": 32, "learning_rate": 1.2e-3},
+    # With ``--from-shipped``: what guided models learn further.
+    "style_further": {"steps": 1800, "decay": 1700, "batch": 32, "learning_rate": 7e-4, "average": 0.998},
 }
 # As classifier-free guidance of 2: shapes are the sharper for it, colours righter.
 PULL = {"fill": 0.5, "depth": 0.5, "depth_lora": 0.5}
@@ -101,8 +107,8 @@ class Builder:
         device: Where training runs.
         compiled: Whether to compile the transformer's training step.
         report: Told in a line what happens.
-        from_shipped: Whether the base goes on from the weights that ship, with their encoders and autoencoder, instead
-            of beginning from nothing.
+        from_shipped: Whether the base and the stage "style" go on from the weights that ship, with their encoders and
+            autoencoder, instead of beginning from nothing.
     """
 
     def __init__(
@@ -118,7 +124,8 @@ class Builder:
         self.folder, self.seed, self.device, self.compiled, self.report = folder, seed, device, compiled, report
         self.from_shipped = from_shipped
         if from_shipped:
-            self._take_shipped_parts()
+            with parallel.in_turn():
+                self._take_shipped_parts()
 
     def run(self, stage: str) -> None:
         """Run one stage, from its checkpoint if there is one.
@@ -219,12 +226,14 @@ class Builder:
         self._guided_lora(DEPTH_MINI)
 
     def _style(self) -> None:
-        model = Flux1(MINI)
-        model.load_state_dict(self._text_model())
-        bench = self.bench()
-        saying = train_words(self.folder, bench, self._recipe("words"), seed=self.seed, report=self.report)
-        start = Listener(model, saying)
-        train_style(self.folder, start, bench, self._recipe("style"), seed=self.seed, report=self.report)
+        teacher, bench = Flux1(MINI), self.bench()
+        teacher.load_state_dict(self._text_model())
+        if self.from_shipped:
+            start, recipe = _shipped_listener(), self._recipe("style_further")
+        else:
+            saying = train_words(self.folder, bench, self._recipe("words"), seed=self.seed, report=self.report)
+            start, recipe = Listener(copy.deepcopy(teacher), saying), self._recipe("style")
+        train_style(self.folder, teacher, start, bench, recipe, seed=self.seed, report=self.report)
 
     def _guided_variant(self, stage: str, start: dict[str, Tensor] | None = None) -> None:
         train_variant(
@@ -249,11 +258,14 @@ class Builder:
         return {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
 
     def _recipe(self, stage: str) -> FlowRecipe:
-        return FlowRecipe(**GUIDED_RECIPES[stage])  # type: ignore[arg-type]
+        """Of a guided stage; processes that train together share its batch."""
+        recipe = FlowRecipe(**GUIDED_RECIPES[stage])  # type: ignore[arg-type]
+        return replace(recipe, batch=max(1, recipe.batch // parallel.size()))
 
     def bench(self) -> Bench:
         """What the guided stages work with: the shipped encoders, or the folder's own."""
-        self._take_shipped_parts()
+        with parallel.in_turn():
+            self._take_shipped_parts()
         return Bench(self.autoencoder(), self.encoders(), self.device)
 
     def install_guided(self, target: Path = FOLDER) -> None:
@@ -339,6 +351,17 @@ def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype, title: st
 def _shipped(name: str) -> dict[str, Tensor]:
     """A shipped file's tensors in single precision."""
     return {key: tensor.float() for key, tensor in load_file(FOLDER / f"{name}.safetensors").items()}
+
+
+def _shipped_listener() -> Listener:
+    """What ships of the stage "style", in single precision."""
+    text, style = Flux1(MINI), Style()
+    shipped = open_transformer(FOLDER / MINI_REDUX.files[0], torch.device("cpu"), torch.float32, keep="numbers")
+    with shipped.resident() as flux:
+        text.load_state_dict(flux.state_dict())
+    style.tower.load_state_dict(_shipped(SIGLIP_MINI_FILE.stem))
+    style.redux.load_state_dict(_shipped(REDUX_MINI_FILE.stem))
+    return Listener(text, style)
 
 
 @torch.inference_mode()

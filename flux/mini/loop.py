@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..training import parallel
 from ..training.checkpoints import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from ..training.ema import Ema
 from ..training.muon import Muon, split_parameters
@@ -30,12 +31,16 @@ WEIGHT_DECAY = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class FlowRecipe:
-    """Numbers of one stage: steps, of which the last ``decay`` lower the learning rate linearly to nothing."""
+    """Numbers of one stage: steps, of which the last ``decay`` lower the learning rate linearly to nothing.
+
+    ``batch`` is a process's; ``average`` is the decay of the averaged weights.
+    """
 
     steps: int
     decay: int
     batch: int = 96
     learning_rate: float = 2e-3
+    average: float = EMA_DECAY
     save_every: int = 200
     compile: bool = False
 
@@ -77,7 +82,8 @@ def run_stage(
     helper = helper or nn.Module()
     trained = nn.ModuleDict({"model": model, "helper": helper})
     optimizer = Muon(split_parameters(trained, _is_matrix), recipe.learning_rate, weight_decay=WEIGHT_DECAY)
-    average = Ema(model, EMA_DECAY)
+    parallel.share_weights(trained)
+    average = Ema(model, recipe.average)
     start = 0
     if path.exists():
         tensors, meta = load_checkpoint(path)
@@ -95,6 +101,7 @@ def run_stage(
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        parallel.share_gradients(trained)
         torch.nn.utils.clip_grad_norm_(trained.parameters(), GRADIENT_NORM)
         optimizer.step()
         average.update(model)
@@ -104,9 +111,9 @@ def run_stage(
         done = step + 1
         recent = value if recent == 0.0 else 0.95 * recent + 0.05 * value
         if done % 20 == 0:
-            speed = (done - start) * recipe.batch / (time.monotonic() - began)
+            speed = (done - start) * recipe.batch * parallel.size() / (time.monotonic() - began)
             report(f"{stage} {done}/{recipe.steps}: loss {recent:.4f}, {speed:.0f} samples/s")
-        if done % recipe.save_every == 0 or done == recipe.steps:
+        if parallel.rank() == 0 and (done % recipe.save_every == 0 or done == recipe.steps):
             save_checkpoint(
                 path,
                 {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -115,6 +122,7 @@ def run_stage(
                 | pack_optimizer(optimizer, "optimizer."),
                 {"step": done, "stage": stage, "updates": average.updates},
             )
+    parallel.wait()  # until the checkpoint is written, with which others may begin
     average.copy_to(model)
     return model.eval()
 

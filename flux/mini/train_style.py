@@ -8,7 +8,6 @@ Shapes: B batch, N cells of the tower's grid, D the text tokens' width.
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,9 +39,9 @@ from .train_text import token_owners
 __all__ = ["Listener", "Style", "cells_of", "start_tower", "train_style", "train_words", "vision_view", "words_of"]
 
 BYTE = 255
-COARSE_SHARE = 0.15  # of the steps with Redux tokens averaged to a coarser grid
+COARSE_SHARE = 0.1  # of the steps with Redux tokens averaged to a coarser grid
 COARSE_GRIDS = (3, 5)
-PROMPTS_SHARE = 0.125  # of a batch: prompts alone, of which the text model keeps what it knows
+PROMPTS_SHARE = 0.0625  # of a batch: prompts alone, of which the text model keeps what it knows
 KEPT_WEIGHT = 0.25
 HEEDING_MEAN = 1.5  # of the times' logit-normal distribution: what is drawn where is decided early
 NEAR_SHARE, NEAR_GUIDANCE = 0.75, (1.5, 3.5)  # of the steps, and their guidance: what pictures are drawn with
@@ -50,7 +49,7 @@ WORDS_WEIGHT, GROUND_WEIGHT = 0.25, 0.25  # beside what the head asks of cells w
 PATCHED_SCENES = 256  # whose patches the tower begins with
 LEAST_VARIANCE = 1e-5  # of a patch's principal directions, of the largest
 LONGEST_WAVE = 30.0  # of places, in cells over 2 pi
-WEAK_SHARE, WEAK_STRENGTHS = 0.2, (0.05, 1.0)  # of the steps, with a strength in between, which takes over so much
+WEAK_SHARE, WEAK_STRENGTHS = 0.12, (0.05, 1.0)  # of the steps, with a strength in between, which takes over so much
 LEFT_OUT = -1e4  # added to the logits of tokens that are left out
 GROUND = -1  # the item of cells that show none
 
@@ -241,15 +240,14 @@ class Shown(Told):
     keep: Tensor
 
 
-def _told(bench: Bench, size: int, rng: random.Random) -> Told:
-    width, height = random_canvas(rng)
+def _told(bench: Bench, size: int, canvas: tuple[int, int], rng: random.Random) -> Told:
+    width, height = canvas
     requests = [random_request(rng) for _ in range(size)]
     pictures = [draw(lay_out(request, rng, width, height)) for request in requests]
     return Told(bench.latents(pictures), bench.text([text_of(phrase(request, rng)) for request in requests], rng))
 
 
-def _shown(bench: Bench, size: int, rng: random.Random) -> Shown:
-    canvas = random_canvas(rng)
+def _shown(bench: Bench, size: int, canvas: tuple[int, int], rng: random.Random) -> Shown:
     examples = [style_example(rng, canvas) for _ in range(size)]
     kept = torch.from_numpy(np.stack([example.keep for example in examples]))
     return Shown(
@@ -262,24 +260,25 @@ def _shown(bench: Bench, size: int, rng: random.Random) -> Shown:
 
 
 def train_style(
-    folder: Path, start: Listener, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report
+    folder: Path, teacher: Flux1, start: Listener, bench: Bench, recipe: FlowRecipe, *, seed: int, report: Report
 ) -> Listener:
     """Train tower, adapter and text model together; returns them with averaged weights.
 
     A text model this small heeds no more tokens than a prompt has, nor any without CLIP's vector: with the very words
-    of a scene behind an empty prompt, it draws every third object. So it learns from itself: to predict from tokens
-    for a picture what it predicted from the words for it, and from words what it did. With a strength in between it
-    learns to go that far from what it predicted without them.
+    of a scene behind an empty prompt, it draws every third object. So it learns from what it was: to predict from
+    tokens for a picture what that predicted from the words for it, and from words what that did. With a strength in
+    between it learns to go that far from what that predicted without them.
 
     Args:
         folder: Of the checkpoint.
-        start: The text model, with what ``train_words`` gave.
+        teacher: The text model.
+        start: A copy of it with what ``train_words`` gave, or what was trained so before.
         bench: Encoders.
         recipe: Steps and rates.
         seed: Of what is drawn.
         report: Told how far it is.
     """
-    teacher = copy.deepcopy(start.text).requires_grad_(False).to(bench.device)
+    teacher = teacher.requires_grad_(False).to(bench.device)
     model = start.train().to(bench.device)
     for embedder in (model.text.time_in, model.text.vector_in, model.text.guidance_in):
         if embedder is not None:
@@ -313,7 +312,11 @@ def train_style(
         index, rng = step % DRAWN_BATCHES, random.Random(f"style/{seed}/{step}")
         if index not in drawn:
             own = random.Random(f"style/{seed}/drawn/{index}")
-            drawn[index] = _told(bench, prompts, own), _shown(bench, recipe.batch - prompts, own)
+            canvases = random.Random(f"style/canvases/{index}")  # whatever the seed: processes wait for the slowest
+            drawn[index] = (
+                _told(bench, prompts, random_canvas(canvases), own),
+                _shown(bench, recipe.batch - prompts, random_canvas(canvases), own),
+            )
         told, shown = drawn[index]
         with mixed_precision(bench.device):
             return followed(shown, rng) + KEPT_WEIGHT * kept(told, rng)

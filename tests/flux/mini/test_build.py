@@ -64,7 +64,7 @@ def short_build(tmp_path, monkeypatch):
         "BASE": stage,
         "GUIDED": stage,
         "SCHNELL": stage,
-        "GUIDED_RECIPES": dict.fromkeys((*GUIDED_STAGES, "words"), stage),
+        "GUIDED_RECIPES": dict.fromkeys((*GUIDED_STAGES, "words", "style_further"), stage),
         "PREVIEW_SCENES": 2,
         "psnr_on_fresh_scenes": functools.partial(psnr_on_fresh_scenes, count=1),
     }
@@ -162,6 +162,28 @@ def test_training_goes_on_from_the_shipped_weights(short_build, monkeypatch, cap
         before, after = (load_file(place / f"{name}.safetensors") for place in (target, again))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_redux_goes_on_from_the_shipped_weights(short_build, monkeypatch):
+    target, folder = short_build / "weights", short_build / "checkpoints"
+    shutil.copytree(SHIPPED, target)
+    monkeypatch.setitem(build.GUIDED_RECIPES, "style_further", build.GUIDED_RECIPES["style"] | {"learning_rate": 0.0})
+    assert command.main(["--folder", str(folder), "--from-shipped", "--stage", "style"]) == 0
+    reached, _ = load_checkpoint(folder / "style.safetensors")
+    for prefix, path in (("style.tower.", SIGLIP_MINI_FILE), ("style.redux.", REDUX_MINI_FILE)):
+        shipped = load_file(target / path.name)
+        assert all(torch.equal(reached[f"average.{prefix}{key}"], value.float()) for key, value in shipped.items())
+    part = open_transformer(target / MINI_REDUX.files[0], torch.device("cpu"), torch.float32, keep="numbers")
+    with part.resident() as model:
+        assert all(torch.equal(reached[f"average.text.{key}"], value) for key, value in model.state_dict().items())
+
+
+def test_several_processes_share_guided_stages_only(short_build, monkeypatch, capsys):
+    monkeypatch.setattr(command.parallel, "size", lambda: 2)
+    with pytest.raises(SystemExit):
+        command.main(["--folder", str(short_build), "--stage", "latents"])
+    assert "can share only the stages fill, canny" in capsys.readouterr().err
+    assert build.Builder(short_build, 0, "cpu", compiled=False, report=print)._recipe("fill").batch == 1
 
 
 def test_a_stage_that_does_not_exist_is_refused(capsys):

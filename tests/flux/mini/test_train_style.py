@@ -125,7 +125,7 @@ def listeners(bench, tmp_path_factory):
         torch.manual_seed(1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_style_module, "KEPT_WEIGHT", weight)
-            reached.append(train_style(own, started(), bench, recipe, seed=0, report=lambda line: None))
+            reached.append(train_style(own, started().text, started(), bench, recipe, seed=0, report=lambda line: None))
     return started(), *reached
 
 
