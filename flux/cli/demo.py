@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     models = {"mini": open_mini(MINI), "mini-schnell": open_mini(MINI_SCHNELL)}
     with Bar(arguments.quiet) as bar:
-        studio = _Studio(Path(arguments.out), bar, len(SHOTS) + 1 + (CHAIN_LENGTH if _has_chain() else 0))
+        studio = _Studio(Path(arguments.out), bar, len(SHOTS) + 1 + CHAIN_LENGTH)
         pictures = [
             studio.paint(
                 shot.name,
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             FROM_PICTURE.name, models[FROM_PICTURE.model],
             Request(prompt=FROM_PICTURE.prompt, seed=SEED, image=pictures[0], denoise=DENOISE),
         )  # fmt: skip
-        chain = _chain(studio, pictures[0]) if _has_chain() else []
+        chain = _chain(studio, pictures[0])
     sheet = draw_sheet(chain, [picture[0] for picture in pictures])
     path = studio.folder / "sheet.png"
     write_whole(path, lambda file: sheet.save(file, "PNG"))
@@ -125,15 +125,6 @@ class _Studio:
 
 
 CHAIN_LENGTH = 2 + VARIATIONS  # pictures that it draws itself
-
-
-def _has_chain() -> bool:
-    """Whether the models of the chain are inside the pack."""
-    from ..mini import files
-
-    models = (files.MINI_FILL, files.MINI_REDUX, files.MINI_KONTEXT)
-    needed = (*(model.transformer for model in models), files.REDUX_MINI_FILE, files.SIGLIP_MINI_FILE)
-    return all(path.is_file() for path in needed)
 
 
 def _chain(studio: _Studio, first: Tensor) -> list[Link]:

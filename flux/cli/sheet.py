@@ -45,7 +45,7 @@ def draw_sheet(chain: Sequence[Link], pictures: Sequence[Tensor]) -> Image:
     from PIL import Image, ImageDraw
 
     height, width = pictures[0].shape[-2:]
-    below = MARGIN + (height + CAPTION_LINES * LINE_HEIGHT + GAP if chain else 0)
+    below = MARGIN + height + CAPTION_LINES * LINE_HEIGHT + GAP
     rows = -(-len(pictures) // COLUMNS)
     size = (2 * MARGIN + COLUMNS * (width + GAP) - GAP, below + rows * (height + GAP) - GAP + MARGIN)
     sheet = Image.new("RGB", size, GROUND)

@@ -38,7 +38,7 @@ LEFT_OUT = [".git"]  # folders, as in the host's own listing
 EMBEDDED_MODELS: dict[str, MiniFiles] = {
     "mini": MINI,
     "mini schnell": MINI_SCHNELL,
-    **{f"mini {task}": files for task, files in GUIDED.items() if files.transformer.is_file()},
+    **{f"mini {task}": files for task, files in GUIDED.items()},
 }
 INSPECTED = (
     "diffusion_models", "checkpoints", "text_encoders", "vae", "loras", "controlnet", "style_models", "clip_vision",

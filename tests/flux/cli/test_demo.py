@@ -1,4 +1,4 @@
-"""``demo``: pictures and a sheet of them, with the chain of guided models where they are inside the pack."""
+"""``demo``: pictures and a sheet of them, the chain of guided models among them."""
 
 from __future__ import annotations
 
@@ -72,11 +72,3 @@ def test_the_embedded_models_draw_the_chain(flux, monkeypatch, tmp_path):
     filled, varied = {("red", "circle"), ("yellow", "star")}, {("green", "circle"), ("yellow", "star")}
     for name, things in zip(CHAIN, (filled, filled, filled, varied), strict=True):
         assert {(blob.colour, blob.shape) for blob in find_blobs(pixels(tmp_path / f"{name}.png"))} == things
-
-
-def test_without_the_guided_models_there_is_no_chain(flux, shots, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "REDUX_MINI_FILE", tmp_path / "none.safetensors")
-    said = flux("demo", "--out", tmp_path / "out")
-    assert said.code == 0
-    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == sorted([*shots, "from-picture", "sheet"])
-    assert pixels(tmp_path / "out" / "sheet.png").shape[0] == 2 * MARGIN + SIDE
