@@ -65,6 +65,19 @@ class Binding:
         for source in self.sources.values():
             source.forget()
 
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Read what ``packed`` would give into memory of the caller's.
+
+        Args:
+            targets: Bytes (n,) on the CPU for each of ``Packed.tensors``.
+
+        Raises:
+            FileError: The file changed since it was opened.
+        """
+        alone = len(self.sources) == 1
+        for place, source in enumerate(self.sources.values()):
+            source.read_into({role: targets[role if alone else f"{place}.{role}"] for role in source.parts})
+
     def packed(self, device: torch.device | None = None) -> Packed:
         """The parameter as it is stored; on the CPU a view of the file."""
         alone = self.recipe.only_renames

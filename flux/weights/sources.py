@@ -44,6 +44,9 @@ class ModelFile(Protocol):
     def stored(self, name: str, /) -> Tensor:
         """A tensor as it stands in the file; not to be written to."""
 
+    def read_into(self, name: str, target: Tensor, /) -> None:
+        """Read a tensor's bytes into memory (n,) of the caller's."""
+
     def want(self, name: str, /) -> None:
         """Have a mapped tensor's pages brought in together, ahead of their use."""
 
@@ -121,6 +124,18 @@ class Source:
         if out.data_ptr() != stored[DATA].data_ptr():
             self.forget()
         return out
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Read the stored tensors' bytes, by role, into memory of the caller's.
+
+        Args:
+            targets: For each role bytes (n,) on the CPU.
+
+        Raises:
+            FileError: The file changed since it was opened.
+        """
+        for role, name in self.parts.items():
+            self.file.read_into(name, targets[role])
 
     def forget(self) -> None:
         """Let go of the file's pages that were mapped for it."""

@@ -37,6 +37,7 @@ PRIVATE: dict[str, int] = (
     if hasattr(mmap, "MAP_PRIVATE")
     else {"access": mmap.ACCESS_READ}
 )
+_seeking = threading.Lock()  # where a place in a file is shared
 MEASURABLE = 5e-3  # seconds below which a probe says nothing: the file lies in memory already
 
 
@@ -92,6 +93,22 @@ class FileBytes:
                 return self._read(fd, start, length, what).view(dtype)
             return _view(self._map, start, length, dtype)
 
+    def read_into(self, target: Tensor, start: int, what: str) -> None:
+        """Read bytes into memory of the caller's: nothing is mapped, and no page stays.
+
+        Args:
+            target: Bytes (n,) on the CPU, side by side, as many as are read.
+            start: Where the first is.
+            what: They are, for messages.
+
+        Raises:
+            FileError: The file changed since it was opened, or cannot be read any more.
+        """
+        if target.numel():
+            with self._lock:
+                fd = self._open(start + target.numel(), what)
+            self._fill(target, fd, start, what)
+
     def want(self, start: int, length: int) -> None:
         """Have a mapped part's pages brought in together, ahead of their use."""
         page = mmap.PAGESIZE
@@ -121,18 +138,19 @@ class FileBytes:
 
     def _read(self, fd: int, start: int, length: int, what: str) -> Tensor:
         buffer = torch.empty(length, dtype=torch.uint8)
-        view, done = buffer.numpy().data, 0
+        self._fill(buffer, fd, start, what)
+        return buffer
+
+    def _fill(self, target: Tensor, fd: int, start: int, what: str) -> None:
+        view, done = target.numpy().data, 0
         try:
-            with open(fd, "rb", buffering=0, closefd=False) as file:
-                file.seek(start)
-                while done < length:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise FileError(f"{self.path.name} ended while {what} was read; was it replaced meanwhile?")
-                    done += count
+            while done < len(view):
+                count = _read_at(fd, view[done:], start + done)
+                if not count:
+                    raise FileError(f"{self.path.name} ended while {what} was read; was it replaced meanwhile?")
+                done += count
         except OSError as error:
             raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
-        return buffer
 
     def _faster_way(self, fd: int, start: int, length: int) -> str:
         """Time both ways side by side in several places of a tensor, each first in turn."""
@@ -188,6 +206,10 @@ class MappedTensors:
         """Let go of a mapped tensor's pages."""
         self._bytes.forget(*self._span(name))
 
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Read a tensor's bytes into memory (n,) of the caller's; see ``FileBytes.read_into``."""
+        self._bytes.read_into(target, self._span(name)[0], f"tensor {name}")
+
     def _flat(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor's bytes as ``dtype``, flat; mostly a view of the mapped file."""
         return self._bytes.tensor(*self._span(name), dtype, f"tensor {name}")
@@ -201,6 +223,15 @@ class MappedTensors:
 def faster_way(mapping: float, reading: float) -> str:
     """What to do by the seconds that both ways took: mapping, unless it is noticeably slower."""
     return "read" if mapping > max(MEASURABLE, SLOWER * reading) else "map"
+
+
+def _read_at(fd: int, view: memoryview, start: int) -> int:
+    """Read some bytes; where the system can, without moving the place that other threads read from."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], start)
+    with _seeking, open(fd, "rb", buffering=0, closefd=False) as file:
+        file.seek(start)
+        return file.readinto(view) or 0
 
 
 def _map(fd: int) -> mmap.mmap | None:

@@ -75,6 +75,10 @@ class ShardedFile(Mapping[str, TensorEntry]):
         """See ``SafetensorsFile.read``."""
         return self._home[name].read(name)
 
+    def read_into(self, name: str, target: Tensor) -> None:
+        """See ``SafetensorsFile.read_into``."""
+        self._home[name].read_into(name, target)
+
     def want(self, name: str) -> None:
         """See ``SafetensorsFile.want``."""
         self._home[name].want(name)

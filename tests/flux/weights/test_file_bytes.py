@@ -135,3 +135,30 @@ def test_forgotten_pages_come_in_again(path):
     held = file.tensor(0, path_size, torch.uint8, "numbers")
     file.forget(0, path_size)
     assert held[-1] == ord("z")
+
+
+def test_bytes_are_read_into_memory_of_the_callers_and_nothing_is_mapped(path):
+    file, memory = FileBytes(path), torch.zeros(300, dtype=torch.uint8)
+    file.read_into(memory[8:264], 4, "numbers")
+    assert torch.equal(memory[8:264].view(torch.float32), NUMBERS)
+    assert not memory[:8].any()
+    assert not memory[264:].any()
+    assert file._map is None
+
+
+def test_where_no_place_can_be_read_at_bytes_are_the_same(path, monkeypatch):
+    monkeypatch.delattr(file_bytes.os, "preadv", raising=False)
+    memory = torch.zeros(64, dtype=torch.uint8)
+    FileBytes(path).read_into(memory, 4 + 64, "numbers")
+    assert torch.equal(memory.view(torch.float32), NUMBERS[16:32])
+
+
+def test_a_file_that_is_cut_while_it_is_read_from_is_refused_by_name(path):
+    file, memory = FileBytes(path), torch.zeros(256, dtype=torch.uint8)
+    file.read_into(memory, 4, "tensor a")
+    with path.open("r+b") as writer:
+        writer.truncate(100)
+    with pytest.raises(FileError, match=r"numbers\.bin ended while tensor a was read"):
+        file.read_into(memory, 4, "tensor a")
+    with pytest.raises(FileError, match=r"numbers\.bin ended while tensor a was read"):
+        file._fill(memory, file._fd, 4, "tensor a")  # cut between the look at its size and the read

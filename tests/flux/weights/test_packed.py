@@ -44,6 +44,23 @@ def test_packed_numbers_are_the_numbers(sources, kind):
         assert torch.equal(packed.numbers(dtype), binding.numbers(dtype))
 
 
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_a_weight_that_was_read_into_other_memory_is_the_same(sources, kind):
+    opened = sources(kind)
+    bindings = [bound(opened, Piece("q.weight"))]
+    if not opened["q.weight"].format.pads:  # such tensors are neither joined nor cut
+        both = (Piece("q.weight"), Piece("k.weight"))
+        bindings.append(bound(opened, *both, shape=(2 * ROWS, COLUMNS), shares=(1, 1)))
+        bindings.append(bound(opened, Piece("q.weight", 1, 2, 2), Piece("q.weight", 0, 1, 2), shares=(1, 1)))
+    for binding in bindings:
+        packed = binding.packed()
+        memory = {name: torch.zeros(tensor.nbytes, dtype=torch.uint8) for name, tensor in packed.tensors().items()}
+        binding.read_into(memory)
+        views = {name: memory[name].view(tensor.dtype).view(tensor.shape) for name, tensor in packed.tensors().items()}
+        moved = packed.with_tensors(views)
+        assert torch.equal(moved.numbers(torch.float32), binding.numbers(torch.float32))
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "nf4", "gguf:Q4_K"])
 def test_joined_cut_and_swapped_weights_stay_packed_too(sources, kind):
     opened = sources(kind)

@@ -1,0 +1,168 @@
+"""How bytes get from a file into a buffer on a device, and when they are there.
+
+On a CPU they are read into the buffer itself. On a GPU a reader thread reads them into pinned memory, from where they
+travel on a stream of their own; events, not waiting, keep that stream and the one that computes apart.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Arrival", "CpuLane", "CudaLane", "Departure", "Lane", "lane_for"]
+
+Read = Callable[[Tensor], None]  # writes bytes into memory (n,) of the host
+
+
+class Arrival(Protocol):
+    """Bytes on their way."""
+
+    def wait(self) -> None:
+        """Have what is computed from now on find the bytes there. Called by the thread that computes."""
+
+
+class Departure(Protocol):
+    """The end of a block that used a buffer."""
+
+    def wait(self) -> None:
+        """Have what is brought from now on not disturb that block. Called by the thread that reads."""
+
+
+class Lane(Protocol):
+    """The way to one device."""
+
+    def buffer(self, size: int) -> Tensor:
+        """Bytes (size,) on the device."""
+
+    def bring(self, buffer: Tensor, size: int, read: Read, after: Departure | None) -> Arrival:
+        """Have ``size`` bytes read, and brought to ``buffer`` once the block before is through with it.
+
+        Called by the thread that reads.
+        """
+
+    def leave(self) -> Departure:
+        """Note that a block has been set going. Called by the thread that computes."""
+
+    def close(self) -> None:
+        """Let go of everything, once all that is under way has come."""
+
+
+class _Here:
+    """What is there already."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+class CpuLane:
+    """To memory of the host: a block is over when the next one is asked for."""
+
+    def buffer(self, size: int) -> Tensor:
+        """See ``Lane``."""
+        return torch.empty(size, dtype=torch.uint8)
+
+    def bring(self, buffer: Tensor, size: int, read: Read, after: Departure | None) -> Arrival:
+        """See ``Lane``."""
+        read(buffer[:size])
+        return _Here()
+
+    def leave(self) -> Departure:
+        """See ``Lane``."""
+        return _Here()
+
+    def close(self) -> None:
+        """See ``Lane``."""
+
+
+class _Moment:
+    """An event on one of a GPU's streams."""
+
+    def __init__(self, stream: torch.cuda.Stream, waiting: Callable[[], torch.cuda.Stream]) -> None:
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._waiting = waiting
+        self._event.record(stream)
+
+    def wait(self) -> None:
+        """Have the other stream wait for it; this thread goes on."""
+        self._waiting().wait_event(self._event)
+
+    def block(self) -> None:
+        """Have this thread wait for it."""
+        self._event.synchronize()
+
+
+class CudaLane:
+    """To a GPU, through two pieces of pinned memory: one is filled while the other travels.
+
+    Args:
+        device: The GPU.
+        warn: Told once where memory cannot be pinned, and transfers are slower for it.
+    """
+
+    STAGES = 2
+
+    def __init__(self, device: torch.device, warn: Callable[[str], None] | None = None) -> None:
+        self.device, self._warn = device, warn
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stages: list[Tensor | None] = [None] * self.STAGES
+        self._travels: list[_Moment | None] = [None] * self.STAGES
+        self._turn, self._lock = 0, threading.Lock()
+
+    def buffer(self, size: int) -> Tensor:
+        """See ``Lane``."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def bring(self, buffer: Tensor, size: int, read: Read, after: Departure | None) -> Arrival:
+        """See ``Lane``."""
+        with self._lock:
+            turn = self._turn
+            self._turn = (turn + 1) % self.STAGES
+        travelling = self._travels[turn]
+        if travelling is not None:
+            travelling.block()
+        stage = self._stage(turn, buffer.numel())
+        read(stage[:size])
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                after.wait()
+            buffer[:size].copy_(stage[:size], non_blocking=True)
+        arrival = _Moment(self._stream, lambda: torch.cuda.current_stream(self.device))
+        self._travels[turn] = arrival
+        return arrival
+
+    def leave(self) -> Departure:
+        """See ``Lane``."""
+        return _Moment(torch.cuda.current_stream(self.device), lambda: self._stream)
+
+    def close(self) -> None:
+        """See ``Lane``."""
+        self._stream.synchronize()
+        self._stages = [None] * self.STAGES
+        self._travels = [None] * self.STAGES
+
+    def _stage(self, turn: int, size: int) -> Tensor:
+        stage = self._stages[turn]
+        if stage is None or stage.numel() < size:
+            stage = self._pinned(size)
+            self._stages[turn] = stage
+        return stage
+
+    def _pinned(self, size: int) -> Tensor:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # what torch raises where the system pins no more
+            if self._warn is not None:
+                self._warn("memory could not be pinned; weights are streamed from ordinary memory, which is slower")
+                self._warn = None
+            return torch.empty(size, dtype=torch.uint8)
+
+
+def lane_for(device: torch.device, warn: Callable[[str], None] | None = None) -> Lane:
+    """The way to a device."""
+    if device.type == "cuda":
+        return CudaLane(device, warn)
+    return CpuLane()

@@ -1,0 +1,71 @@
+"""Which blocks stay and which are streamed: arithmetic in bytes, without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["SLOTS", "Spread", "evenly", "spread_over"]
+
+SLOTS = 2  # buffers of the ring: one block runs from the one while the next comes into the other
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Blocks in the order in which they run, some streamed.
+
+    Attributes:
+        kept: Bytes of every block's weights where they stay.
+        stored: Bytes of every block's weights where they are streamed, as they are stored.
+        streamed: The places of those that are streamed, rising.
+    """
+
+    kept: tuple[int, ...]
+    stored: tuple[int, ...]
+    streamed: tuple[int, ...]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the blocks that stay."""
+        return sum(self.kept) - sum(self.kept[place] for place in self.streamed)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """That come for each pass."""
+        return sum(self.stored[place] for place in self.streamed)
+
+    @property
+    def slots(self) -> int:
+        """Buffers of the ring."""
+        return min(SLOTS, len(self.streamed))
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of all buffers, each as large as the largest block that goes through it."""
+        return self.slots * max((self.stored[place] for place in self.streamed), default=0)
+
+    @property
+    def device_bytes(self) -> int:
+        """What is in memory all the time."""
+        return self.resident_bytes + self.ring_bytes
+
+
+def evenly(count: int, among: int) -> tuple[int, ...]:
+    """``count`` places of ``among``, as far from one another as they can be.
+
+    A block between two streamed ones gives the second one time to come.
+    """
+    return tuple((2 * index + 1) * among // (2 * count) for index in range(count))
+
+
+def spread_over(kept: Sequence[int], stored: Sequence[int], budget: int | None) -> Spread:
+    """As few blocks streamed as the budget asks for; where even all of them are too many, the least that there is.
+
+    Args:
+        kept: Bytes of every block's weights where they stay, in the order in which blocks run.
+        stored: The same where they are streamed.
+        budget: Bytes for those that stay and the ring together; None for no limit.
+    """
+    ways = [Spread(tuple(kept), tuple(stored), evenly(count, len(kept))) for count in range(len(kept) + 1)]
+    fitting = (way for way in ways if budget is None or way.device_bytes <= budget)
+    return next(fitting, min(ways, key=lambda way: way.device_bytes))

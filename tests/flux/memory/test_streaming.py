@@ -1,0 +1,220 @@
+"""The streamer's order and buffers: what runs finds its own weights, and nothing is brought over what still runs."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from flux.errors import FileError
+from flux.memory.lanes import CpuLane
+from flux.memory.streaming import ALIGNMENT, Streamer, Unit, unit_bytes
+from flux.ops.packed import Linear
+
+COUNT, WIDTH = 5, 4
+
+
+class Packed:
+    """A weight of one stored tensor."""
+
+    def __init__(self, tensor):
+        self.tensor, self.nbytes = tensor, tensor.nbytes
+
+    def tensors(self):
+        return {"data": self.tensor}
+
+    def with_tensors(self, tensors):
+        return Packed(tensors["data"])
+
+    def numbers(self, dtype):
+        return self.tensor.to(dtype)
+
+    def product(self, x, bias):
+        return None
+
+
+class Stored:
+    """A weight in a file: the number of its block, again and again."""
+
+    def __init__(self, number, reads):
+        self.number, self.reads, self.gone = number, reads, False
+        self.tensor = torch.full((WIDTH, WIDTH), float(number), dtype=torch.bfloat16)
+
+    def packed(self):
+        return Packed(self.tensor)
+
+    def read_into(self, targets):
+        if self.gone:
+            raise FileError("it is gone")
+        self.reads.append(self.number)
+        targets["data"].copy_(self.tensor.view(torch.uint8).flatten())
+
+
+class Lane(CpuLane):
+    """A CPU's, which counts buffers and knows which are in use."""
+
+    def __init__(self):
+        self.buffers, self.departures, self.closed = [], [], False
+
+    def buffer(self, size):
+        self.buffers.append(super().buffer(size))
+        return self.buffers[-1]
+
+    def bring(self, buffer, size, read, after):
+        if after is not None:
+            assert after in self.departures, "a buffer is brought to before its block was left"
+        return super().bring(buffer, size, read, after)
+
+    def leave(self):
+        self.departures.append(super().leave())
+        return self.departures[-1]
+
+    def close(self):
+        self.closed = True
+
+
+class Blocks:
+    """Blocks of a layer each, some of them streamed."""
+
+    def __init__(self, places=range(COUNT)):
+        self.reads = []
+        with torch.device("meta"):
+            self.layers = [Linear(WIDTH, WIDTH, bias=False) for _ in range(COUNT)]
+        self.weights = {place: Stored(place, self.reads) for place in places}
+        self.units = [Unit(place, ((self.layers[place], weight),)) for place, weight in self.weights.items()]
+        self.lane = Lane()
+
+    def run(self, streamer, places=range(COUNT)):
+        """What each streamed block gives of ones."""
+        given = []
+        for place in places:
+            streamer.before(place)
+            if place in self.weights:
+                given.append(float(self.layers[place](torch.ones(WIDTH))[0]) / WIDTH)
+        return given
+
+
+@pytest.fixture
+def blocks():
+    return Blocks()
+
+
+@pytest.fixture
+def streamer(blocks):
+    streamer = Streamer(blocks.units, blocks.lane)
+    yield streamer
+    streamer.close()
+
+
+def test_every_block_finds_its_own_weights_pass_after_pass(blocks, streamer):
+    for _ in range(3):
+        assert blocks.run(streamer) == [0, 1, 2, 3, 4]
+    assert blocks.reads[: 2 * COUNT] == [*range(COUNT), *range(COUNT)]
+
+
+def test_there_are_two_buffers_of_the_largest_size_and_never_more(blocks, streamer):
+    for _ in range(3):
+        blocks.run(streamer)
+    assert [buffer.numel() for buffer in blocks.lane.buffers] == [ALIGNMENT] * 2
+    assert streamer.ring_bytes == 2 * ALIGNMENT == 2 * max(map(unit_bytes, blocks.units))
+
+
+def test_what_was_brought_is_counted(blocks, streamer):
+    blocks.run(streamer)
+    assert streamer.brought == sum(map(unit_bytes, blocks.units))
+
+
+@pytest.mark.parametrize("places", [(0,), (4,), (1, 3), (0, 2, 4), range(COUNT)])
+def test_blocks_that_stay_are_left_alone(places):
+    blocks = Blocks(places)
+    streamer = Streamer(blocks.units, blocks.lane)
+    for _ in range(3):
+        assert blocks.run(streamer) == list(places)
+    streamer.close()
+
+
+def test_the_next_block_comes_while_one_runs(blocks, streamer):
+    streamer.before(0)
+    for _ in range(1000):
+        if blocks.reads == [0, 1]:
+            break
+        threading.Event().wait(0.001)
+    assert blocks.reads == [0, 1]
+    streamer.before(1)  # gives the first buffer to the third block
+    assert float(blocks.layers[1](torch.ones(WIDTH))[0]) == WIDTH
+
+
+def test_a_block_that_has_run_has_no_weights(blocks, streamer):
+    streamer.before(0)
+    streamer.before(1)
+    assert blocks.layers[0].packed is None
+    assert blocks.layers[1].packed is not None
+
+
+def test_asking_twice_for_a_block_changes_nothing(blocks, streamer):
+    streamer.before(0)
+    bound = blocks.layers[0].packed
+    streamer.before(0)
+    assert blocks.layers[0].packed is bound
+
+
+@pytest.mark.parametrize("broken_off", range(COUNT))
+@pytest.mark.parametrize("from_", range(COUNT))
+def test_a_pass_that_was_broken_off_is_begun_again(broken_off, from_):
+    blocks = Blocks()
+    streamer = Streamer(blocks.units, blocks.lane)
+    blocks.run(streamer, range(broken_off + 1))
+    again = range(from_, COUNT)
+    assert blocks.run(streamer, again) == list(again)
+    assert blocks.run(streamer) == [0, 1, 2, 3, 4]
+    streamer.close()
+
+
+def test_what_cannot_be_read_is_told_to_the_one_that_waits(blocks):
+    blocks.weights[2].gone = True
+    streamer = Streamer(blocks.units, blocks.lane)
+    blocks.run(streamer, range(2))
+    with pytest.raises(FileError, match="it is gone"):
+        streamer.before(2)
+    streamer.close()
+    assert blocks.lane.closed
+    blocks.weights[2].gone = False
+    again = Streamer(blocks.units, blocks.lane)
+    assert blocks.run(again) == [0, 1, 2, 3, 4]
+    again.close()
+
+
+def test_closing_leaves_neither_weights_nor_threads(blocks):
+    before = threading.active_count()
+    streamer = Streamer(blocks.units, blocks.lane)
+    streamer.before(0)
+    streamer.close()
+    assert all(layer.packed is None for layer in blocks.layers)
+    assert threading.active_count() == before
+    assert blocks.lane.closed
+
+
+def test_time_spent_waiting_is_counted(blocks):
+    seconds = iter(range(100))
+    streamer = Streamer(blocks.units, blocks.lane, clock=lambda: float(next(seconds)))
+    blocks.run(streamer)
+    assert streamer.waited == COUNT
+    streamer.close()
+
+
+def test_several_tensors_of_a_block_lie_apart():
+    blocks = Blocks(())
+    weights = [Stored(7, []), Stored(9, [])]
+    layers = blocks.layers[:2]
+    unit = Unit(0, tuple(zip(layers, weights, strict=True)))
+    assert unit_bytes(unit) == 2 * ALIGNMENT
+    streamer = Streamer([unit], blocks.lane)
+    streamer.before(0)
+    assert [float(layer(torch.ones(WIDTH))[0]) / WIDTH for layer in layers] == [7, 9]
+    assert all(layer.packed.tensor.data_ptr() % ALIGNMENT == streamer_offset(blocks) for layer in layers)
+    streamer.close()
+
+
+def streamer_offset(blocks):
+    return blocks.lane.buffers[0].data_ptr() % ALIGNMENT
