@@ -2,12 +2,13 @@
 
 A module is built on the meta device, where it takes no memory; ``Residency`` binds it to a file and gives its
 parameters their numbers, all of them or some, for the length of a block or until they are released. Weights of layers
-that can unpack at use may come packed instead: they take what they take in the file.
+that can unpack at use may come packed instead: they take what they take in the file. Where a limit leaves no room for
+all, such layers of some of the module's blocks are streamed: see ``streaming``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from ..ops.host_memory import drop_spare
 from ..ops.packed import Embedding, PackedWeight, takes_packed
+from .lanes import Lane, lane_for
+from .spread import Footprint, spread_over
+from .streaming import Movable, Streamer, Unit, unit_bytes
 
 __all__ = ["Residency", "Watch", "Weight"]
 
@@ -37,8 +41,13 @@ class Weight(Protocol):
     def parameters(self) -> int:
         """How many numbers."""
 
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Bytes of every stored tensor."""
+
     def numbers(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor: ...
-    def packed(self, device: torch.device | None = None) -> PackedWeight: ...
+    def packed(self, device: torch.device | None = None) -> Movable: ...
+    def read_into(self, targets: Mapping[str, Tensor]) -> None: ...
     def forget(self) -> None:
         """Let go of pages of a mapped file."""
 
@@ -52,6 +61,8 @@ class Residency:
         device: Where weights go.
         dtype: What floating-point weights become there.
         keeps_packed: Whether layers that can unpack at use get their weights packed, where that takes less.
+        blocks: The prefixes of what can be streamed, in the order in which it runs.
+        lane: The way of what is streamed; the device's own when None.
     """
 
     def __init__(
@@ -62,24 +73,38 @@ class Residency:
         device: torch.device,
         dtype: torch.dtype,
         keeps_packed: bool = False,
+        blocks: Sequence[str] = (),
+        lane: Lane | None = None,
     ) -> None:
         self.module, self.device, self.dtype = module, device, dtype
         self._weights = dict(weights)
+        self._blocks, self._lane = tuple(blocks), lane
+        self._streamer: Streamer | None = None
+        self._streamed: frozenset[str] = frozenset()
         self._packable = self._gaining() if keeps_packed else set()
         module.requires_grad_(False)
 
-    def load(self, without: Iterable[str] = (), watch: Watch | None = None) -> int:
-        """Bring in every absent parameter except those below some prefixes.
+    def load(self, without: Iterable[str] = (), watch: Watch | None = None, limit: int | None = None) -> int:
+        """Bring in every absent parameter except those below some prefixes; what goes beyond the limit is streamed.
 
         Args:
             without: The prefixes.
             watch: Called before each parameter, and at the end.
+            limit: Bytes that all of this module's may take. What cannot be streamed stays in any case.
 
         Returns:
             The bytes brought.
         """
+        self._stop()
         apart = tuple(f"{prefix}." for prefix in without)
-        wanted = [name for name in self._weights if not name.startswith(apart) and self._absent(name)]
+        streamed = {
+            place: self._names(self._blocks[place], apart) for place in self._footprint(apart, limit).blocks.streamed
+        }
+        self._streamed = frozenset(name for names in streamed.values() for name in names)
+        for name in self._streamed:
+            self._drop(name)
+        coming = (name for name in self._weights if not name.startswith(apart) and name not in self._streamed)
+        wanted = [name for name in coming if self._absent(name)]
         brought = 0
         for index, name in enumerate(wanted):
             if watch is not None:
@@ -87,10 +112,28 @@ class Residency:
             brought += self._bring(name, packed=name in self._packable)
         if watch is not None and wanted:
             watch(len(wanted), len(wanted))
+        if streamed:
+            units = [self._unit(place, names) for place, names in streamed.items()]
+            self._streamer = Streamer(units, self._lane or lane_for(self.device))
         return brought
 
+    def before(self, place: int) -> None:
+        """Have a block's weights there; called before each one runs, with its place among all.
+
+        Raises:
+            FileError: They are streamed, and could not be read any more.
+        """
+        if self._streamer is not None:
+            self._streamer.before(place)
+
+    def footprint(self, without: Iterable[str] = (), limit: int | None = None) -> Footprint:
+        """What ``load`` would have in memory, and what streamed, with these arguments."""
+        return self._footprint(tuple(f"{prefix}." for prefix in without), limit)
+
     def release(self, prefixes: Iterable[str] | None = None) -> int:
-        """Let go of the parameters below ``prefixes``, or of all; returns the bytes let go."""
+        """Let go of the parameters below ``prefixes``, or of all and of what streams; returns the bytes let go."""
+        if prefixes is None:
+            self._stop()
         below = None if prefixes is None else tuple(f"{prefix}." for prefix in prefixes)
         released = 0
         for name in self._weights:
@@ -113,8 +156,36 @@ class Residency:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the parameters that are in memory now."""
-        return sum(self._bytes(name) for name in self._weights)
+        """Bytes of the parameters that are in memory now, and of the ring that others go through."""
+        ring = 0 if self._streamer is None else self._streamer.ring_bytes
+        return ring + sum(self._bytes(name) for name in self._weights if name not in self._streamed)
+
+    def _footprint(self, apart: tuple[str, ...], limit: int | None) -> Footprint:
+        blocks = [self._names(block, apart) for block in self._blocks]
+        inside = {name for names in blocks for name in names}
+        outside = (name for name in self._weights if name not in inside and not name.startswith(apart))
+        others = sum(self._kept_bytes(name) for name in outside)
+        kept = [sum(self._kept_bytes(name) for name in names) for names in blocks]
+        stored = [unit_bytes(self._unit(place, names)) for place, names in enumerate(blocks)]
+        return Footprint(others, spread_over(kept, stored, None if limit is None else limit - others))
+
+    def _names(self, block: str, apart: tuple[str, ...]) -> list[str]:
+        """The parameters of a block that can be streamed."""
+        below = [name for name in self._weights if name.startswith(f"{block}.") and not name.startswith(apart)]
+        return [name for name in below if name.endswith(".weight") and takes_packed(self._place(name)[0])]
+
+    def _unit(self, place: int, names: Iterable[str]) -> Unit:
+        return Unit(place, tuple((self._place(name)[0], self._weights[name]) for name in names))
+
+    def _kept_bytes(self, name: str) -> int:
+        """What a parameter takes where it stays."""
+        weight = self._weights[name]
+        return weight.nbytes if name in self._packable else weight.parameters * self.dtype.itemsize
+
+    def _stop(self) -> None:
+        if self._streamer is not None:
+            self._streamer.close()
+        self._streamer, self._streamed = None, frozenset()
 
     def _gaining(self) -> set[str]:
         """The parameters that take less packed, in layers that can use them so."""

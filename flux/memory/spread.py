@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["SLOTS", "Spread", "evenly", "spread_over"]
+__all__ = ["SLOTS", "Footprint", "Spread", "evenly", "spread_over"]
 
 SLOTS = 2  # buffers of the ring: one block runs from the one while the next comes into the other
 
@@ -48,6 +48,24 @@ class Spread:
     def device_bytes(self) -> int:
         """What is in memory all the time."""
         return self.resident_bytes + self.ring_bytes
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a module's weights take while it runs.
+
+    Attributes:
+        others: Bytes of what is in no block, or cannot be streamed.
+        blocks: The rest.
+    """
+
+    others: int
+    blocks: Spread
+
+    @property
+    def device_bytes(self) -> int:
+        """In memory all the time."""
+        return self.others + self.blocks.device_bytes
 
 
 def evenly(count: int, among: int) -> tuple[int, ...]:

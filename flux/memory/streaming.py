@@ -36,8 +36,15 @@ class Movable(PackedWeight, Protocol):
 class StoredWeight(Protocol):
     """A weight in a file."""
 
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Bytes of every stored tensor."""
+
     def packed(self) -> Movable:
         """As it is stored; a view of the file."""
+
+    def forget(self) -> None:
+        """Let go of pages of a mapped file."""
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         """Read the bytes of every stored tensor into memory (n,) of the caller's."""
@@ -77,10 +84,13 @@ class _Layout:
         self.unit, self.size = unit, 0
         self.packed = [weight.packed() for _, weight in unit.layers]
         self.pieces = [[self._placed(name, tensor) for name, tensor in own.tensors().items()] for own in self.packed]
+        assert self.size == unit_bytes(unit)
+        for _, weight in unit.layers:
+            weight.forget()  # the pages that were looked at to check scales
 
     def _placed(self, name: str, tensor: Tensor) -> _Piece:
         start = self.size
-        self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.size += _aligned(tensor.nbytes)
         return _Piece(name, start, tensor.nbytes, tensor.dtype, tensor.shape)
 
     def read(self, memory: Tensor) -> None:
@@ -107,8 +117,12 @@ class _Layout:
 
 
 def unit_bytes(unit: Unit) -> int:
-    """Bytes that a unit takes in a buffer."""
-    return _Layout(unit).size
+    """Bytes that a unit takes in a buffer; known without a look at its weights."""
+    return sum(_aligned(size) for _, weight in unit.layers for size in weight.pieces)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)

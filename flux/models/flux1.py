@@ -122,6 +122,11 @@ class Flux1(nn.Module):
         out: Tensor = self.final_layer(x[:, text_length:], modulations.final)
         return out
 
+    def block_names(self) -> list[str]:
+        """Every block's parameter prefix, in the order in which they run and ``observe`` counts them."""
+        doubles = (f"double_blocks.{index}" for index in range(len(self.double_blocks)))
+        return [*doubles, *(f"single_blocks.{index}" for index in range(len(self.single_blocks)))]
+
     def embed(self, times: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
         """The vector (B, h) that every modulation is made from.
 

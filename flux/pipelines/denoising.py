@@ -46,6 +46,7 @@ def denoise(
     tables: bool = True,
     hooks: Hooks | None = None,
     guided: Guidance | None = None,
+    limit: int | None = None,
 ) -> Tensor:
     """Run a schedule: ``prepared`` for one ``walk``. See there for what the arguments are.
 
@@ -61,7 +62,7 @@ def denoise(
     ready = prepared(
         part, positive, sigmas,
         guidance=guidance, negative=negative, cfg=cfg, solver_name=solver_name, tables=tables, hooks=hooks,
-        guided=guided,
+        guided=guided, limit=limit,
     )  # fmt: skip
     with ready as velocity:
         return walk(
@@ -83,6 +84,7 @@ def prepared(
     tables: bool = True,
     hooks: Hooks | None = None,
     guided: Guidance | None = None,
+    limit: int | None = None,
 ) -> Iterator[Velocity]:
     """Have a transformer ready for a schedule inside the block, for as many walks as wanted.
 
@@ -97,6 +99,7 @@ def prepared(
         tables: Whether to compute modulations ahead (the default) or at every step. Both give the same bits.
         hooks: Told of the stage "loading", weight by weight; asked whether to stop.
         guided: What guides the run beside its prompts. Style tokens are the positive prompt's only.
+        limit: Bytes that the weights may take, of all transformers together; what goes beyond is streamed.
 
     Yields:
         The velocity of latents (B, C, h, w) at a time of the schedule.
@@ -104,7 +107,7 @@ def prepared(
     hooks, guided = hooks or Hooks(), guided or Guidance()
     predictions = predictions_of(guided.guides)
     with ExitStack() as held:
-        engines = _engines(held, part, guided, predictions, hooks, tables=tables)
+        engines = _engines(held, part, guided, predictions, hooks, tables=tables, limit=limit)
         flows = []
         for prediction in predictions:
             engine = engines[prediction.model]
@@ -142,6 +145,7 @@ def _engines(
     hooks: Hooks,
     *,
     tables: bool,
+    limit: int | None,
 ) -> dict[str | None, Engine]:
     """Every transformer of a run, in memory as long as ``held`` is open, and the run's LoRAs on its own one.
 
@@ -151,9 +155,11 @@ def _engines(
     followed = tuple(g for g in guided.guides if isinstance(g, Channels) and g.lora is not None and g.strength > 0)
     loras = [guide.lora for guide in followed if guide.lora is not None]
     models = {name: part if name is None else guided.models[name] for name in (p.model for p in predictions)}
-    for model in dict.fromkeys(models.values()):
+    distinct = dict.fromkeys(models.values())
+    for model in distinct:
         apart = tuple(model.module.modulation_layers()) if tables else ()
-        held.enter_context(model.resident(without=apart, watch=hooks.loading))
+        share = None if limit is None else limit // len(distinct)
+        held.enter_context(model.resident(without=apart, watch=hooks.loading, limit=share))
         engines[model] = Engine(model)
     if loras and part in engines:
         putting_on = attached(part.module, loras, part.device, part.dtype, norms_by_strength=guided.norms_by_strength)

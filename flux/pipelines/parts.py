@@ -72,13 +72,16 @@ class Part(Generic[Spec, Module]):
         return self.residency.dtype
 
     @contextmanager
-    def resident(self, without: tuple[str, ...] = (), watch: Watch | None = None) -> Iterator[Module]:
+    def resident(
+        self, without: tuple[str, ...] = (), watch: Watch | None = None, limit: int | None = None
+    ) -> Iterator[Module]:
         """Have the weights in memory inside the block, except those below the prefixes ``without``.
 
-        ``watch`` hears of each weight on its way in, and may raise to stop.
+        ``watch`` hears of each weight on its way in, and may raise to stop. Where they take more than ``limit`` bytes,
+        some of the module's blocks are streamed: ``residency.before`` is to be called before each of them runs.
         """
         try:
-            self.residency.load(without, watch)
+            self.residency.load(without, watch, limit)
             yield self.module
         finally:
             self.residency.release()
@@ -254,7 +257,8 @@ def _open(
     bound = bind_part(path, kind, variant)
     chosen = dtype or compute_dtype(device, bound.parameters)
     packs = keep == "packed" or (keep == "auto" and _packs(bound, device, chosen))
-    residency = Residency(bound.module, bound.bindings, device=device, dtype=chosen, keeps_packed=packs)
+    blocks = bound.module.block_names() if hasattr(bound.module, "block_names") else ()
+    residency = Residency(bound.module, bound.bindings, device=device, dtype=chosen, keeps_packed=packs, blocks=blocks)
     return Part(bound.recognised.spec, bound.module, residency, Given(bound.checkpoint.path, bound.recognised))
 
 

@@ -42,6 +42,11 @@ class Binding:
         return sum(source.nbytes for source in self.sources.values())
 
     @property
+    def pieces(self) -> tuple[int, ...]:
+        """Bytes of every stored tensor, companions among them, in the order of ``Packed.tensors``."""
+        return tuple(size for source in self.sources.values() for size in source.piece_bytes)
+
+    @property
     def parameters(self) -> int:
         """How many numbers."""
         return math.prod(self.shape)

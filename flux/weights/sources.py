@@ -81,8 +81,12 @@ class Source:
     @property
     def nbytes(self) -> int:
         """Bytes on disk, companions included."""
-        entries = [self.file[name] for name in self.parts.values()]
-        return sum(entry.end - entry.start for entry in entries)
+        return sum(self.piece_bytes)
+
+    @property
+    def piece_bytes(self) -> tuple[int, ...]:
+        """Bytes on disk of every stored tensor, in the order of the roles."""
+        return tuple(self.file[name].end - self.file[name].start for name in self.parts.values())
 
     def multiplies_on(self, device: torch.device) -> bool:
         """Whether it is multiplied as it is stored there, rather than unpacked."""

@@ -41,8 +41,15 @@ class Stored:
         self.number, self.reads, self.gone = number, reads, False
         self.tensor = torch.full((WIDTH, WIDTH), float(number), dtype=torch.bfloat16)
 
+    @property
+    def pieces(self):
+        return (self.tensor.nbytes,)
+
     def packed(self):
         return Packed(self.tensor)
+
+    def forget(self):
+        pass
 
     def read_into(self, targets):
         if self.gone:

@@ -1,0 +1,112 @@
+"""A run whose blocks are streamed gives the bits of one whose weights stay, under any limit, with all that guides."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flux.errors import Cancelled, FileError
+from flux.mini import files
+from flux.pipelines.denoising import Guidance, Hooks, denoise
+from flux.pipelines.parts import open_transformer
+from flux.pipelines.prompts import EncodedPrompt
+from tests.guides import NEGATIVE, PROMPT, SIGMAS, lora, make_lora, noise, reference
+from tests.oracles import rows
+from tests.tiny import TINY, write_tiny
+
+CPU = torch.device("cpu")
+DEEP = replace(TINY, name="deep", double_blocks=2, single_blocks=4)
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("deep"), DEEP).transformer
+
+
+def opened(path, keep="numbers"):
+    return open_transformer(path, CPU, torch.float32, keep=keep)
+
+
+def run(part, limit=None, **settings):
+    return denoise(part, PROMPT, noise(), SIGMAS, guidance=3.0, limit=limit, **settings)
+
+
+def footprint(part, limit=None):
+    return part.residency.footprint(tuple(part.module.modulation_layers()), limit)
+
+
+@pytest.mark.parametrize("keep", ["numbers", "packed"])
+@pytest.mark.parametrize("share", SHARES)
+def test_the_bits_are_those_of_weights_that_stay(path, share, keep):
+    part, seen = opened(path, keep), []
+    limit = int(share * footprint(part).device_bytes)
+    given = run(part, limit, hooks=Hooks(preview=lambda *_: seen.append(part.residency.resident_bytes)))
+    assert torch.equal(given, run(opened(path)))
+    expected = footprint(part, limit)
+    assert set(seen) == {expected.device_bytes}
+    assert expected.device_bytes <= max(limit, footprint(part, 0).device_bytes)
+    assert (len(expected.blocks.streamed) > 0) == (share < 1)
+    assert part.residency.resident_bytes == 0
+
+
+@pytest.mark.parametrize("name", [row.transformer.name for row in (files.MINI, files.MINI_FILL, files.MINI_REDUX)])
+def test_embedded_models_in_their_own_formats_are_streamed(name):
+    path, spec = files.FOLDER / name, opened(files.FOLDER / name).spec
+    prompt = EncodedPrompt(rows(1, 9, spec.context_width, seed=2), rows(1, spec.pooled_width, seed=3))
+    drawn = [denoise(opened(path), prompt, noise(), SIGMAS, guidance=3.0, limit=limit) for limit in (None, 0)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_control_loras_and_references_go_with_it(path, limit):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.guides.LORAS", [make_lora(71, DEEP), make_lora(72, DEEP)])
+        guided = Guidance(guides=[lora(), lora(1, strength=0.5), reference()])
+    given = run(opened(path), limit, guided=guided)
+    assert torch.equal(given, run(opened(path), guided=guided))
+    assert not torch.equal(given, run(opened(path), guided=Guidance(guides=[reference()])))
+
+
+def test_a_second_pass_with_another_prompt_is_streamed_too(path):
+    whole, streamed = (run(opened(path), limit, negative=NEGATIVE, cfg=2.0) for limit in (None, 0))
+    assert torch.equal(whole, streamed)
+
+
+def test_a_run_that_is_cancelled_leaves_nothing_and_the_next_one_works(path):
+    part, steps = opened(path), []
+    hooks = Hooks(preview=lambda *_: steps.append(1), cancelled=lambda: len(steps) == 2)
+    before = threading.active_count()
+    with pytest.raises(Cancelled):
+        run(part, 0, hooks=hooks)
+    assert part.residency.resident_bytes == 0
+    assert threading.active_count() == before
+    assert torch.equal(run(part, 0), run(opened(path)))
+
+
+def test_a_file_that_is_cut_during_a_run_is_named_and_nothing_stays(path, tmp_path):
+    own = tmp_path / "own.safetensors"
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in load_file(path).items()}, own
+    )  # so that what stays is a copy
+    part = opened(own)
+
+    def cut(*_):
+        os.truncate(own, own.stat().st_size // 2)
+
+    with pytest.raises(FileError, match=r"own\.safetensors ended while tensor .* was read"):
+        run(part, 0, hooks=Hooks(preview=cut))
+    assert part.residency.resident_bytes == 0
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(path):
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run(opened(path), 0), range(2)))
+    assert torch.equal(*both)
+    assert torch.equal(both[0], run(opened(path)))
