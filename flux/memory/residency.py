@@ -8,15 +8,17 @@ all, such layers of some of the module's blocks are streamed: see ``streaming``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..ops.host_memory import drop_spare
-from ..ops.packed import Embedding, PackedWeight, takes_packed
+from ..ops.packed import Embedding, Linear, PackedWeight, takes_packed
 from .lanes import Lane, lane_for
 from .spread import Footprint, spread_over
 from .streaming import Movable, Streamer, Unit, unit_bytes
@@ -81,6 +83,7 @@ class Residency:
         self._blocks, self._lane = tuple(blocks), lane
         self._streamer: Streamer | None = None
         self._streamed: frozenset[str] = frozenset()
+        self._hooks: list[RemovableHandle] = []
         self._packable = self._gaining() if keeps_packed else set()
         module.requires_grad_(False)
 
@@ -113,18 +116,8 @@ class Residency:
         if watch is not None and wanted:
             watch(len(wanted), len(wanted))
         if streamed:
-            units = [self._unit(place, names) for place, names in streamed.items()]
-            self._streamer = Streamer(units, self._lane or lane_for(self.device))
+            self._start({place: self._unit(place, names) for place, names in streamed.items()})
         return brought
-
-    def before(self, place: int) -> None:
-        """Have a block's weights there; called before each one runs, with its place among all.
-
-        Raises:
-            FileError: They are streamed, and could not be read any more.
-        """
-        if self._streamer is not None:
-            self._streamer.before(place)
 
     def footprint(self, without: Iterable[str] = (), limit: int | None = None) -> Footprint:
         """What ``load`` would have in memory, and what streamed, with these arguments."""
@@ -172,7 +165,7 @@ class Residency:
     def _names(self, block: str, apart: tuple[str, ...]) -> list[str]:
         """The parameters of a block that can be streamed."""
         below = [name for name in self._weights if name.startswith(f"{block}.") and not name.startswith(apart)]
-        return [name for name in below if name.endswith(".weight") and takes_packed(self._place(name)[0])]
+        return [name for name in below if name.endswith(".weight") and isinstance(self._place(name)[0], Linear)]
 
     def _unit(self, place: int, names: Iterable[str]) -> Unit:
         return Unit(place, tuple((self._place(name)[0], self._weights[name]) for name in names))
@@ -182,7 +175,19 @@ class Residency:
         weight = self._weights[name]
         return weight.nbytes if name in self._packable else weight.parameters * self.dtype.itemsize
 
+    def _start(self, units: Mapping[int, Unit]) -> None:
+        """Have the weights of some blocks come when they are called, and go when they have run."""
+        streamer = Streamer(tuple(units.values()), self._lane or lane_for(self.device))
+        self._streamer = streamer
+        for place in units:
+            block = self.module.get_submodule(self._blocks[place])
+            before, after = partial(_call, streamer.before, place), partial(_call, streamer.after, place)
+            self._hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+
     def _stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         if self._streamer is not None:
             self._streamer.close()
         self._streamer, self._streamed = None, frozenset()
@@ -235,3 +240,8 @@ class Residency:
     def _set(self, name: str, tensor: Tensor) -> None:
         layer, leaf = self._place(name)
         setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _call(listener: Callable[[int], None], place: int, *_: object) -> None:
+    """A module's hook."""
+    listener(place)

@@ -172,7 +172,7 @@ class Streamer:
         return sum(buffer.numel() for buffer in self._buffers)
 
     def before(self, place: int) -> None:
-        """Have the weights of the block at ``place`` there, if it is streamed; called before every block.
+        """Have the weights of the block at ``place`` there, if it is streamed; called before it runs.
 
         Raises:
             FileError: They could not be read any more.
@@ -193,6 +193,11 @@ class Streamer:
         self.brought += coming.layout.size
         coming.layout.bind(self._weights(coming))
         self._running = coming.layout, coming.slot
+
+    def after(self, place: int) -> None:
+        """The block at ``place`` was set going, and the next one may come in its place; called when it has run."""
+        if self._running is not None and self._running[0].unit.place == place:
+            self._leave()
 
     def close(self) -> None:
         """Let go of everything; what is under way is waited for."""

@@ -123,7 +123,7 @@ class Flux1(nn.Module):
         return out
 
     def block_names(self) -> list[str]:
-        """Every block's parameter prefix, in the order in which they run and ``observe`` counts them."""
+        """Every block's parameter prefix, in the order in which they run."""
         doubles = (f"double_blocks.{index}" for index in range(len(self.double_blocks)))
         return [*doubles, *(f"single_blocks.{index}" for index in range(len(self.single_blocks)))]
 

@@ -123,12 +123,8 @@ class Denoiser:
         count = image.shape[1]
         if beside.references is not None:
             image = self._with_references(image, beside.references.expand(batch, -1, -1))
-        velocity = self.part.module(image, conditions, modulations, self._before_block)
+        velocity = self.part.module(image, conditions, modulations, self.hooks.check)
         return unpack(velocity[:, :count].float(), height, width)
-
-    def _before_block(self, place: int) -> None:
-        self.hooks.check()
-        self.part.residency.before(place)
 
     def _beside(self, size: tuple[int, int]) -> Tokens:
         """What stands beside the image, made once for each size."""

@@ -77,8 +77,8 @@ class Part(Generic[Spec, Module]):
     ) -> Iterator[Module]:
         """Have the weights in memory inside the block, except those below the prefixes ``without``.
 
-        ``watch`` hears of each weight on its way in, and may raise to stop. Where they take more than ``limit`` bytes,
-        some of the module's blocks are streamed: ``residency.before`` is to be called before each of them runs.
+        ``watch`` hears of each weight on its way in, and may raise to stop. Where they would take more than ``limit``
+        bytes, some of the module's blocks are streamed.
         """
         try:
             self.residency.load(without, watch, limit)

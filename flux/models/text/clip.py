@@ -41,6 +41,10 @@ class ClipText(nn.Module):
         pooled = hidden[torch.arange(len(ids), device=ids.device), ends]
         return hidden, pooled
 
+    def block_names(self) -> list[str]:
+        """Every layer's parameter prefix, in the order in which they run."""
+        return [f"text_model.encoder.layers.{index}" for index in range(self.spec.layers)]
+
 
 class TextModel(nn.Module):
     """Embeddings, causal layers, final norm."""

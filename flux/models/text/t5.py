@@ -41,6 +41,10 @@ class T5Encoder(nn.Module):
         out: Tensor = self.encoder(self.shared(ids), mask)
         return out
 
+    def block_names(self) -> list[str]:
+        """Every layer's parameter prefix, in the order in which they run."""
+        return [f"encoder.block.{index}" for index in range(self.spec.layers)]
+
 
 class Stack(nn.Module):
     """Blocks and final norm. The position table of all blocks is the first one's."""

@@ -31,6 +31,10 @@ class SiglipVision(nn.Module):
         out: Tensor = self.vision_model(pixels)
         return out
 
+    def block_names(self) -> list[str]:
+        """Every layer's parameter prefix, in the order in which they run."""
+        return [f"vision_model.encoder.layers.{index}" for index in range(self.spec.layers)]
+
 
 class VisionModel(nn.Module):
     """Embeddings, layers, final norm."""

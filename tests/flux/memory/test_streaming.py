@@ -159,6 +159,16 @@ def test_a_block_that_has_run_has_no_weights(blocks, streamer):
     assert blocks.layers[1].packed is not None
 
 
+def test_a_block_that_says_when_it_has_run_makes_room_at_once(blocks, streamer):
+    streamer.before(0)
+    streamer.after(3)  # another one
+    assert blocks.layers[0].packed is not None
+    streamer.after(0)
+    assert blocks.layers[0].packed is None
+    assert len(blocks.lane.departures) == 1
+    assert blocks.run(streamer, range(1, COUNT)) == [1, 2, 3, 4]
+
+
 def test_asking_twice_for_a_block_changes_nothing(blocks, streamer):
     streamer.before(0)
     bound = blocks.layers[0].packed

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from flux.errors import Cancelled, FileError
 from flux.mini import files
 from flux.pipelines.denoising import Guidance, Hooks, denoise
-from flux.pipelines.parts import open_transformer
+from flux.pipelines.parts import open_clip, open_t5, open_transformer, open_vision
 from flux.pipelines.prompts import EncodedPrompt
+from flux.specs.vision import SIGLIP_MINI
 from tests.guides import NEGATIVE, PROMPT, SIGMAS, lora, make_lora, noise, reference
 from tests.oracles import rows
 from tests.tiny import TINY, write_tiny
@@ -110,3 +111,25 @@ def test_two_runs_at_once_do_not_disturb_each_other(path):
         both = list(pool.map(lambda _: run(opened(path), 0), range(2)))
     assert torch.equal(*both)
     assert torch.equal(both[0], run(opened(path)))
+
+
+ENCODERS = {
+    "t5": (open_t5, files.MINI.t5, torch.arange(3, 12)[None]),
+    "clip": (open_clip, files.MINI.clip, torch.arange(3, 12)[None]),
+    "vision": (open_vision, files.SIGLIP_MINI_FILE, rows(2, 3, SIGLIP_MINI.side, SIGLIP_MINI.side, seed=3)),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoders_are_streamed_layer_by_layer(kind):
+    open_part, path, given = ENCODERS[kind]
+    made = []
+    for limit in (None, 0):
+        part = open_part(path, CPU, torch.float32)
+        with part.resident(limit=limit) as module:
+            assert part.residency.resident_bytes == part.residency.footprint(limit=limit).device_bytes
+            out = module(given)
+            made.append(out if isinstance(out, torch.Tensor) else out[0])
+        assert len(part.residency.footprint(limit=0).blocks.streamed) == part.spec.layers
+    assert torch.equal(*made)
