@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..ops.host_memory import drop_spare
-from ..ops.packed import Embedding, Linear, PackedWeight, takes_packed
+from ..ops.packed import Embedding, PackedWeight, takes_packed
+from .accounts import Accounts, Sized, below
 from .lanes import Lane, lane_for
-from .spread import Footprint, spread_over
-from .streaming import Movable, Streamer, Unit, unit_bytes
+from .streaming import Movable, Streamer, Unit
 
 __all__ = ["Residency", "Watch", "Weight"]
 
@@ -32,20 +32,8 @@ class Watch(Protocol):
     def __call__(self, done: int, total: int, /) -> None: ...
 
 
-class Weight(Protocol):
+class Weight(Sized, Protocol):
     """Where a parameter's numbers come from."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as it is stored."""
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers."""
-
-    @property
-    def pieces(self) -> tuple[int, ...]:
-        """Bytes of every stored tensor."""
 
     def numbers(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor: ...
     def packed(self, device: torch.device | None = None) -> Movable: ...
@@ -80,11 +68,11 @@ class Residency:
     ) -> None:
         self.module, self.device, self.dtype = module, device, dtype
         self._weights = dict(weights)
-        self._blocks, self._lane = tuple(blocks), lane
+        self._lane = lane
         self._streamer: Streamer | None = None
         self._streamed: frozenset[str] = frozenset()
         self._hooks: list[RemovableHandle] = []
-        self._packable = self._gaining() if keeps_packed else set()
+        self.accounts = Accounts(module, self._weights, item=dtype.itemsize, keeps_packed=keeps_packed, blocks=blocks)
         module.requires_grad_(False)
 
     def load(self, without: Iterable[str] = (), watch: Watch | None = None, limit: int | None = None) -> int:
@@ -99,10 +87,9 @@ class Residency:
             The bytes brought.
         """
         self._stop()
-        apart = tuple(f"{prefix}." for prefix in without)
-        streamed = {
-            place: self._names(self._blocks[place], apart) for place in self._footprint(apart, limit).blocks.streamed
-        }
+        without, accounts = tuple(without), self.accounts
+        apart, places = below(without), accounts.footprint(without, limit).blocks.streamed
+        streamed = {place: accounts.names_in(accounts.blocks[place], without) for place in places}
         self._streamed = frozenset(name for names in streamed.values() for name in names)
         for name in self._streamed:
             self._drop(name)
@@ -112,25 +99,21 @@ class Residency:
         for index, name in enumerate(wanted):
             if watch is not None:
                 watch(index, len(wanted))
-            brought += self._bring(name, packed=name in self._packable)
+            brought += self._bring(name, packed=name in accounts.packable)
         if watch is not None and wanted:
             watch(len(wanted), len(wanted))
         if streamed:
             self._start({place: self._unit(place, names) for place, names in streamed.items()})
         return brought
 
-    def footprint(self, without: Iterable[str] = (), limit: int | None = None) -> Footprint:
-        """What ``load`` would have in memory, and what streamed, with these arguments."""
-        return self._footprint(tuple(f"{prefix}." for prefix in without), limit)
-
     def release(self, prefixes: Iterable[str] | None = None) -> int:
         """Let go of the parameters below ``prefixes``, or of all and of what streams; returns the bytes let go."""
         if prefixes is None:
             self._stop()
-        below = None if prefixes is None else tuple(f"{prefix}." for prefix in prefixes)
+        chosen = None if prefixes is None else below(prefixes)
         released = 0
         for name in self._weights:
-            if below is None or name.startswith(below):
+            if chosen is None or name.startswith(chosen):
                 released += self._drop(name)
         drop_spare()
         return released
@@ -153,34 +136,15 @@ class Residency:
         ring = 0 if self._streamer is None else self._streamer.ring_bytes
         return ring + sum(self._bytes(name) for name in self._weights if name not in self._streamed)
 
-    def _footprint(self, apart: tuple[str, ...], limit: int | None) -> Footprint:
-        blocks = [self._names(block, apart) for block in self._blocks]
-        inside = {name for names in blocks for name in names}
-        outside = (name for name in self._weights if name not in inside and not name.startswith(apart))
-        others = sum(self._kept_bytes(name) for name in outside)
-        kept = [sum(self._kept_bytes(name) for name in names) for names in blocks]
-        stored = [unit_bytes(self._unit(place, names)) for place, names in enumerate(blocks)]
-        return Footprint(others, spread_over(kept, stored, None if limit is None else limit - others))
-
-    def _names(self, block: str, apart: tuple[str, ...]) -> list[str]:
-        """The parameters of a block that can be streamed."""
-        below = [name for name in self._weights if name.startswith(f"{block}.") and not name.startswith(apart)]
-        return [name for name in below if name.endswith(".weight") and isinstance(self._place(name)[0], Linear)]
-
     def _unit(self, place: int, names: Iterable[str]) -> Unit:
         return Unit(place, tuple((self._place(name)[0], self._weights[name]) for name in names))
-
-    def _kept_bytes(self, name: str) -> int:
-        """What a parameter takes where it stays."""
-        weight = self._weights[name]
-        return weight.nbytes if name in self._packable else weight.parameters * self.dtype.itemsize
 
     def _start(self, units: Mapping[int, Unit]) -> None:
         """Have the weights of some blocks come when they are called, and go when they have run."""
         streamer = Streamer(tuple(units.values()), self._lane or lane_for(self.device))
         self._streamer = streamer
         for place in units:
-            block = self.module.get_submodule(self._blocks[place])
+            block = self.module.get_submodule(self.accounts.blocks[place])
             before, after = partial(_call, streamer.before, place), partial(_call, streamer.after, place)
             self._hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
 
@@ -191,12 +155,6 @@ class Residency:
         if self._streamer is not None:
             self._streamer.close()
         self._streamer, self._streamed = None, frozenset()
-
-    def _gaining(self) -> set[str]:
-        """The parameters that take less packed, in layers that can use them so."""
-        names = (f"{path}.weight" for path, layer in self.module.named_modules() if takes_packed(layer))
-        known = ((name, self._weights[name]) for name in names if name in self._weights)
-        return {name for name, weight in known if weight.nbytes < weight.parameters * self.dtype.itemsize}
 
     def _place(self, name: str) -> tuple[Any, str]:
         path, _, leaf = name.rpartition(".")

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ..ops.packed import PackedWeight
+from .accounts import Sized, aligned
 from .lanes import Arrival, Departure, Lane
 from .spread import SLOTS
 
-__all__ = ["ALIGNMENT", "StoredWeight", "Streamer", "Unit", "unit_bytes"]
-
-ALIGNMENT = 256  # bytes; where tensors begin in a buffer, as in memory of their own
+__all__ = ["StoredWeight", "Streamer", "Unit", "unit_bytes"]
 
 
 class Movable(PackedWeight, Protocol):
@@ -33,12 +32,8 @@ class Movable(PackedWeight, Protocol):
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> PackedWeight: ...
 
 
-class StoredWeight(Protocol):
+class StoredWeight(Sized, Protocol):
     """A weight in a file."""
-
-    @property
-    def pieces(self) -> tuple[int, ...]:
-        """Bytes of every stored tensor."""
 
     def packed(self) -> Movable:
         """As it is stored; a view of the file."""
@@ -90,7 +85,7 @@ class _Layout:
 
     def _placed(self, name: str, tensor: Tensor) -> _Piece:
         start = self.size
-        self.size += _aligned(tensor.nbytes)
+        self.size += aligned(tensor.nbytes)
         return _Piece(name, start, tensor.nbytes, tensor.dtype, tensor.shape)
 
     def read(self, memory: Tensor) -> None:
@@ -118,11 +113,7 @@ class _Layout:
 
 def unit_bytes(unit: Unit) -> int:
     """Bytes that a unit takes in a buffer; known without a look at its weights."""
-    return sum(_aligned(size) for _, weight in unit.layers for size in weight.pieces)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return sum(aligned(size) for _, weight in unit.layers for size in weight.pieces)
 
 
 @dataclass(frozen=True)

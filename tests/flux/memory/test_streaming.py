@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from flux.errors import FileError
+from flux.memory.accounts import ALIGNMENT
 from flux.memory.lanes import CpuLane
-from flux.memory.streaming import ALIGNMENT, Streamer, Unit, unit_bytes
+from flux.memory.streaming import Streamer, Unit, unit_bytes
 from flux.ops.packed import Linear
 
 COUNT, WIDTH = 5, 4
@@ -40,6 +41,14 @@ class Stored:
     def __init__(self, number, reads):
         self.number, self.reads, self.gone = number, reads, False
         self.tensor = torch.full((WIDTH, WIDTH), float(number), dtype=torch.bfloat16)
+
+    @property
+    def nbytes(self):
+        return self.tensor.nbytes
+
+    @property
+    def parameters(self):
+        return self.tensor.numel()
 
     @property
     def pieces(self):

@@ -40,7 +40,7 @@ def run(part, limit=None, **settings):
 
 
 def footprint(part, limit=None):
-    return part.residency.footprint(tuple(part.module.modulation_layers()), limit)
+    return part.residency.accounts.footprint(tuple(part.module.modulation_layers()), limit)
 
 
 @pytest.mark.parametrize("keep", ["numbers", "packed"])
@@ -128,8 +128,8 @@ def test_encoders_are_streamed_layer_by_layer(kind):
     for limit in (None, 0):
         part = open_part(path, CPU, torch.float32)
         with part.resident(limit=limit) as module:
-            assert part.residency.resident_bytes == part.residency.footprint(limit=limit).device_bytes
+            assert part.residency.resident_bytes == part.residency.accounts.footprint(limit=limit).device_bytes
             out = module(given)
             made.append(out if isinstance(out, torch.Tensor) else out[0])
-        assert len(part.residency.footprint(limit=0).blocks.streamed) == part.spec.layers
+        assert len(part.residency.accounts.footprint(limit=0).blocks.streamed) == part.spec.layers
     assert torch.equal(*made)

@@ -1,0 +1,117 @@
+"""What a module's weights take where they stay and where they are streamed: arithmetic over names, without a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from ..ops.packed import Linear, takes_packed
+from .spread import Footprint, spread_over
+
+__all__ = ["ALIGNMENT", "Accounts", "Size", "Sized", "aligned", "below"]
+
+ALIGNMENT = 256  # bytes; where tensors begin in a buffer, as in memory of their own
+
+
+class Sized(Protocol):
+    """What is known of a weight by a file's header, or by a shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as it is stored."""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers."""
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Bytes of every stored tensor."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A weight of which only the size is known."""
+
+    parameters: int
+    nbytes: int
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        return (self.nbytes,)
+
+
+class Accounts:
+    """Bytes of a module's weights.
+
+    Args:
+        module: May be on the meta device.
+        weights: For each parameter what it takes in its file.
+        item: Bytes of a number where it is unpacked.
+        keeps_packed: Whether layers that can unpack at use get their weights packed, where that takes less.
+        blocks: The prefixes of what can be streamed, in the order in which it runs.
+    """
+
+    def __init__(
+        self, module: nn.Module, weights: Mapping[str, Sized], *, item: int, keeps_packed: bool, blocks: Sequence[str]
+    ) -> None:
+        self._weights, self._item, self.blocks = weights, item, tuple(blocks)
+        layers = {f"{path}.weight": layer for path, layer in module.named_modules() if takes_packed(layer)}
+        self._movable = frozenset(name for name, layer in layers.items() if isinstance(layer, Linear))
+        self.packable = frozenset(name for name in layers if keeps_packed and self._gains(name))
+
+    def kept_bytes(self, name: str) -> int:
+        """What a parameter takes where it stays."""
+        weight = self._weights[name]
+        return weight.nbytes if name in self.packable else weight.parameters * self._item
+
+    def ring_bytes(self, names: Iterable[str]) -> int:
+        """What some parameters take in a buffer."""
+        return sum(aligned(size) for name in names for size in self._weights[name].pieces)
+
+    def names_in(self, block: str, without: Iterable[str] = ()) -> list[str]:
+        """The parameters of a block that can be streamed, except those below some prefixes."""
+        own, apart = below((block,)), below(without)
+        return [name for name in self._weights if self._streams(name, own) and not name.startswith(apart)]
+
+    def stored_bytes(self, without: Iterable[str] = ()) -> int:
+        """What the parameters take in the file, except those below some prefixes."""
+        apart = below(without)
+        return sum(weight.nbytes for name, weight in self._weights.items() if not name.startswith(apart))
+
+    def footprint(self, without: Iterable[str] = (), limit: int | None = None) -> Footprint:
+        """What takes how much of ``limit`` bytes.
+
+        Args:
+            without: Prefixes of what is not there at all.
+            limit: For all together; what cannot be streamed stays in any case. None for no limit.
+        """
+        apart = below(without)
+        blocks = [self.names_in(block, without) for block in self.blocks]
+        inside = {name for names in blocks for name in names}
+        others = sum(
+            self.kept_bytes(name) for name in self._weights if name not in inside and not name.startswith(apart)
+        )
+        kept = [sum(map(self.kept_bytes, names)) for names in blocks]
+        stored = [self.ring_bytes(names) for names in blocks]
+        return Footprint(others, spread_over(kept, stored, None if limit is None else limit - others))
+
+    def _gains(self, name: str) -> bool:
+        weight = self._weights.get(name)
+        return weight is not None and weight.nbytes < weight.parameters * self._item
+
+    def _streams(self, name: str, own: tuple[str, ...]) -> bool:
+        return name in self._movable and name.startswith(own)
+
+
+def below(prefixes: Iterable[str]) -> tuple[str, ...]:
+    """What the names of parameters below some prefixes begin with."""
+    return tuple(f"{prefix}." for prefix in prefixes)
+
+
+def aligned(size: int) -> int:
+    """Bytes that a tensor takes in a buffer."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
