@@ -77,6 +77,10 @@ class Accounts:
         own, apart = below((block,)), below(without)
         return [name for name in self._weights if self._streams(name, own) and not name.startswith(apart)]
 
+    def unpacked_bytes(self, names: Iterable[str]) -> int:
+        """The most that one of some parameters takes while a layer unpacks it at use."""
+        return max((self._unpacked(name) for name in names if name in self._movable), default=0)
+
     def stored_bytes(self, without: Iterable[str] = ()) -> int:
         """What the parameters take in the file, except those below some prefixes."""
         apart = below(without)
@@ -102,6 +106,12 @@ class Accounts:
     def _gains(self, name: str) -> bool:
         weight = self._weights.get(name)
         return weight is not None and weight.nbytes < weight.parameters * self._item
+
+    def _unpacked(self, name: str) -> int:
+        """Numbers that stand as they are used are not copied."""
+        weight = self._weights[name]
+        size = weight.parameters * self._item
+        return 0 if weight.nbytes == size else size
 
     def _streams(self, name: str, own: tuple[str, ...]) -> bool:
         return name in self._movable and name.startswith(own)

@@ -1,0 +1,238 @@
+"""What a run would take, planned from headers or from specs alone, before a weight is read.
+
+Activations are found by running each module on the meta device (``memory.tracing``); weights are counted
+(``memory.accounts``); policies say what stays (``memory.policy``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.channels import CELL
+from ..memory.accounts import Accounts, Size
+from ..memory.plan import Rates, RunPlan, StagePlan
+from ..memory.policy import Needs, Policy, weights_limit
+from ..memory.tracing import Traced, trace
+from ..models.flux1 import Conditions, Flux1
+from ..models.positions import image_ids, reference_ids, text_ids
+from ..ops.layers import on_meta
+from ..sampling.packing import PATCH, pack, unpack
+from ..specs.autoencoder import AutoencoderSpec
+from ..specs.flux1 import Flux1Spec
+from ..specs.text import ClipTextSpec, T5Spec
+from ..specs.vision import SiglipSpec
+from .modules import build_of, parameter_shapes
+
+__all__ = ["Job", "Planned", "plan_run", "planned_of_spec"]
+
+STAGES = ("text", "vision", "encode", "transformer", "decode")
+LONG = torch.int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be drawn, as far as memory goes.
+
+    Attributes:
+        width: Pixels.
+        height: Pixels.
+        batch: Pictures at once.
+        steps: Of the schedule.
+        prompts: That are encoded and run: two with true guidance.
+        references: Width and height in pixels of pictures that the model may look at.
+        starts: Whether a picture is encoded: to start from, to fill, to follow.
+        views: Views that a vision tower sees.
+    """
+
+    width: int
+    height: int
+    batch: int = 1
+    steps: int = 28
+    prompts: int = 1
+    references: tuple[tuple[int, int], ...] = ()
+    starts: bool = False
+    views: int = 0
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of latent cells."""
+        return self.height // CELL, self.width // CELL
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One part of a model, as far as planning goes.
+
+    Attributes:
+        spec: What it is.
+        accounts: Of its weights.
+        dtype: Of its numbers where they are unpacked.
+    """
+
+    spec: Any
+    accounts: Accounts
+    dtype: torch.dtype
+
+    @property
+    def title(self) -> str:
+        return str(getattr(self.spec, "title", self.spec.name))
+
+
+def planned_of_spec(spec: Any, dtype: torch.dtype, stored: torch.dtype = torch.bfloat16) -> Planned:
+    """A part of which no file is at hand, stored in plain numbers of a type."""
+    module, shapes = _module(spec, dtype), parameter_shapes(spec)
+    assert shapes is not None
+    sizes = {name: Size(math.prod(shape), math.prod(shape) * stored.itemsize) for name, shape in shapes.items()}
+    blocks = module.block_names() if hasattr(module, "block_names") else ()
+    return Planned(spec, Accounts(module, sizes, item=dtype.itemsize, keeps_packed=False, blocks=blocks), dtype)
+
+
+def plan_run(
+    parts: Sequence[Planned],
+    job: Job,
+    policy: Policy,
+    *,
+    device: str,
+    available: int,
+    rates: Rates | None = None,
+) -> RunPlan:
+    """Plan every stage of a run.
+
+    Args:
+        parts: The model's, in any order.
+        job: What is to be drawn.
+        policy: How much memory may be taken.
+        device: Where.
+        available: Bytes that are free there.
+        rates: What the machine does in a second.
+
+    Raises:
+        UserError: A budget is below what a stage can do with.
+    """
+    plan = functools.partial(_planned_stage, job=job, policy=policy, available=available)
+    stages = [plan(part, name) for part in parts for name in _stages_of(part.spec, job)]
+    order = {name: index for index, name in enumerate(STAGES)}
+    stages.sort(key=lambda stage: order[stage.name.split(" ")[0]])
+    return RunPlan(tuple(stages), policy, device, available, rates)
+
+
+def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:
+    if isinstance(spec, AutoencoderSpec):
+        return ("encode", "decode") if job.starts or job.references else ("decode",)
+    if isinstance(spec, SiglipSpec):
+        return ("vision",) if job.views else ()
+    return ("transformer",) if isinstance(spec, Flux1Spec) else ("text",)
+
+
+def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, available: int) -> StagePlan:
+    found = _work(part.spec, name, part.dtype, job)
+    apart = _comes_once(part.spec)
+    accounts = part.accounts
+    whole, least = accounts.footprint(apart), accounts.footprint(apart, 0)
+    table = _table_bytes(part, job)
+    packed = accounts.unpacked_bytes(accounts.packable)
+    streamed = accounts.unpacked_bytes(name for block in accounts.blocks for name in accounts.names_in(block, apart))
+    needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed))
+    footprint = accounts.footprint(apart, weights_limit(policy, needs, available))
+    return StagePlan(
+        name=name,
+        title=part.title,
+        weights=accounts.stored_bytes(),
+        footprint=footprint,
+        activations=found.peak + table,
+        workspace=max(packed, streamed if footprint.blocks.streamed else 0),
+        once=accounts.stored_bytes() - accounts.stored_bytes(apart),
+        passes=_passes(name, job),
+        operations=found.operations,
+    )
+
+
+def _passes(name: str, job: Job) -> int:
+    passes = {"transformer": job.steps * job.prompts, "text": job.prompts, "vision": job.views, "decode": job.batch}
+    return passes.get(name, 1)
+
+
+def _comes_once(spec: Any) -> tuple[str, ...]:
+    """What is made into a table before the first pass, and then let go."""
+    return tuple(_module(spec, torch.float32).modulation_layers()) if isinstance(spec, Flux1Spec) else ()
+
+
+def _table_bytes(part: Planned, job: Job) -> int:
+    """Of the modulations of every step."""
+    if not isinstance(part.spec, Flux1Spec):
+        return 0
+    layers = _module(part.spec, torch.float32).modulation_layers().values()
+    return job.steps * job.prompts * part.dtype.itemsize * sum(int(layer.out_features) for layer in layers)
+
+
+@functools.lru_cache(32)
+def _module(spec: Any, dtype: torch.dtype) -> Any:
+    """A part's module on the meta device."""
+    build = build_of(spec)
+    assert build is not None, "a part that is planned can run"
+    with on_meta():
+        return build(spec).to(dtype).eval()
+
+
+@functools.lru_cache(256)
+def _work(spec: Any, stage: str, dtype: torch.dtype, job: Job) -> Traced:
+    """What one pass of a stage makes."""
+    module = _module(spec, dtype)
+    return trace(module, functools.partial(WORK[type(spec)], module, spec, stage, dtype, job))
+
+
+def _run_transformer(module: Flux1, spec: Flux1Spec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Tensor]:
+    rows, columns = job.cells
+    latents = torch.empty(job.batch, spec.in_channels // PATCH**2, rows, columns)
+    sizes = [(height // CELL, width // CELL) for width, height in job.references]
+    references = sum(-(-height // PATCH) * -(-width // PATCH) for height, width in sizes)
+    beside = torch.empty(1, references, spec.in_channels, dtype=dtype)
+    text = torch.empty(1, spec.t5_length, spec.context_width, dtype=dtype).expand(job.batch, -1, -1)
+    ids = image_ids(rows // PATCH, columns // PATCH)
+    if sizes:
+        ids = torch.cat((ids, reference_ids(sizes, (rows, columns))))
+    modulations = module.modulate(torch.empty(1, spec.hidden, dtype=dtype))
+
+    def step() -> Tensor:
+        image = torch.cat((pack(latents.to(dtype)), beside.expand(job.batch, -1, -1)), dim=1)
+        out = module(image, Conditions(text, text_ids(spec.t5_length), ids), modulations)
+        return unpack(out[:, : rows * columns // PATCH**2].float(), rows, columns)
+
+    return step
+
+
+def _run_autoencoder(module: Any, spec: AutoencoderSpec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
+    rows, columns = job.cells
+    if stage == "encode":
+        pixels = torch.empty(1, 3, job.height, job.width)
+        return lambda: module.encode(pixels.to(dtype)).float()
+    latents = torch.empty(1, spec.latent_channels, rows, columns)
+    return lambda: module.decode(latents.to(dtype)).float()
+
+
+def _run_t5(module: nn.Module, spec: T5Spec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
+    ids = torch.empty(1, spec.length, dtype=LONG)
+    return lambda: module(ids).float()
+
+
+def _run_clip(module: nn.Module, spec: ClipTextSpec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
+    ids = torch.empty(1, spec.positions, dtype=LONG)
+    return lambda: module(ids)[1].float()
+
+
+def _run_vision(module: nn.Module, spec: SiglipSpec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
+    pixels = torch.empty(1, 3, spec.side, spec.side)
+    return lambda: module(pixels.to(dtype)).float()
+
+
+WORK: Mapping[type, Callable[..., Callable[[], Any]]] = {  # what makes, on the meta device, one pass of a stage
+    Flux1Spec: _run_transformer, AutoencoderSpec: _run_autoencoder, T5Spec: _run_t5, ClipTextSpec: _run_clip,
+    SiglipSpec: _run_vision,
+}  # fmt: skip

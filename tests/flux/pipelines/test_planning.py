@@ -1,0 +1,105 @@
+"""Plans from specs alone: real models take what they are known to take, and policies do what they say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flux.errors import UserError
+from flux.memory.plan import Rates
+from flux.memory.policy import GIB, read_policy
+from flux.pipelines.planning import Job, plan_run, planned_of_spec
+from flux.specs.autoencoder import AUTOENCODERS
+from flux.specs.flux1 import FLUX1
+from flux.specs.text import CLIP_L, T5_XXL
+from flux.specs.vision import VISION_TOWERS
+
+BF16 = torch.bfloat16
+SQUARE = Job(width=1024, height=1024)
+TERA, GIGA = 1e12, 1e9
+
+
+@pytest.fixture(scope="module")
+def parts():
+    specs = (AUTOENCODERS["flux1-ae"], FLUX1["flux1-dev"], T5_XXL, CLIP_L, VISION_TOWERS["siglip-so400m-384"])
+    return [planned_of_spec(spec, BF16) for spec in specs]
+
+
+def plan(parts, policy="keep", job=SQUARE, available=80 * GIB):
+    return plan_run(parts, job, read_policy(policy), device="cuda", available=available)
+
+
+@pytest.mark.parametrize(
+    ("name", "job", "tera"),
+    [
+        ("flux1-dev", SQUARE, 74.385),  # flux-family.md 10.2
+        ("flux1-kontext-dev", replace(SQUARE, references=((1024, 1024),)), 165.45),
+    ],
+)
+def test_operations_of_a_step_are_those_that_are_known(name, job, tera):
+    [stage] = plan([planned_of_spec(FLUX1[name], BF16)], job=job).stages
+    assert stage.operations / TERA == pytest.approx(tera, rel=1e-3)
+
+
+def test_flux1_dev_keeps_what_is_not_modulation(parts):
+    stage = plan(parts).stage("transformer")
+    assert stage.weights / GIGA == pytest.approx(23.80, abs=0.01)
+    assert stage.resident_bytes / GIGA == pytest.approx(17.31, abs=0.01)
+    assert stage.once / GIGA == pytest.approx(6.49, abs=0.01)
+    assert (stage.streamed_bytes, stage.ring_bytes) == (0, 0)
+
+
+def test_stages_come_in_the_order_in_which_they_run(parts):
+    whole = plan(parts, job=replace(SQUARE, starts=True, views=1))
+    assert [stage.name for stage in whole.stages] == ["text", "text", "vision", "encode", "transformer", "decode"]
+    assert [stage.name for stage in plan(parts).stages] == ["text", "text", "transformer", "decode"]
+
+
+@pytest.mark.parametrize("policy", ["keep", "balance", "save", "12", "auto"])
+def test_bytes_add_up(parts, policy):
+    for stage in plan(parts, policy, available=10 * GIB).stages:
+        assert stage.peak_bytes == stage.resident_bytes + stage.ring_bytes + stage.activations + stage.workspace
+        assert stage.footprint.others + sum(stage.footprint.blocks.kept) == stage.resident_bytes + stage.streamed_bytes
+
+
+def test_policies_take_less_and_less(parts):
+    peaks = [plan(parts, policy).stage("transformer").peak_bytes for policy in ("keep", "14", "balance", "6", "save")]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(peaks)
+    assert plan(parts, "6").peak_bytes <= 6 * GIB
+
+
+def test_auto_streams_only_what_does_not_fit(parts):
+    assert plan(parts, "auto", available=24 * GIB).stage("transformer").streamed_bytes == 0
+    tight = plan(parts, "auto", available=12 * GIB).stage("transformer")
+    assert 0 < tight.streamed_bytes < tight.weights
+    assert tight.peak_bytes <= 12 * GIB
+
+
+def test_a_budget_below_the_least_is_refused(parts):
+    with pytest.raises(UserError, match=r"a budget of 1 GiB is below the least that this takes, \d\.\d GiB"):
+        plan(parts, "1")
+
+
+def test_more_pictures_and_pixels_take_more(parts):
+    jobs = (SQUARE, replace(SQUARE, batch=4), replace(SQUARE, width=2048, height=2048))
+    one, four, large = (plan(parts, job=job).stage("transformer").activations for job in jobs)
+    assert four == pytest.approx(4 * one, rel=0.1)
+    assert 3 * one < large < four  # of the same pixels, with the text's tokens once
+
+
+def test_seconds_follow_the_slower_of_reading_and_computing(parts):
+    rates = Rates(bytes=20e9, operations=500e12)
+    kept, streamed = plan(parts).stage("transformer"), plan(parts, "save").stage("transformer")
+    assert kept.seconds(rates) == pytest.approx(23.8 / 20 + 28 * 74.385 / 500, rel=0.01)
+    assert streamed.seconds(rates) == pytest.approx(6.5 / 20 + 28 * streamed.streamed_bytes / 20e9, rel=0.02)
+
+
+def test_a_plan_is_plain_values(parts):
+    facts = json.loads(json.dumps(plan(parts, "balance").as_json()))
+    assert facts["policy"] == "balance"
+    assert facts["stages"]["transformer"]["streamed_bytes"] > 0
+    assert facts["peak_bytes"] == max(stage["peak_bytes"] for stage in facts["stages"].values())
