@@ -19,6 +19,7 @@ __all__ = [
     "add_generate",
     "add_inspect",
     "add_models",
+    "add_plan",
     "add_shared",
     "add_size",
     "numbers",
@@ -52,6 +53,14 @@ examples:
   python -m flux convert flux1-dev.safetensors flux1-dev-Q4_K.gguf --to gguf:Q4_K
   python -m flux convert FLUX.1-dev/transformer flux1-dev.safetensors --to bfl
   python -m flux convert flux1-dev.safetensors FLUX.1-dev/transformer --to diffusers
+"""
+
+
+PLAN_EXAMPLES = """\
+examples:
+  python -m flux plan flux1-dev --width 1024 --height 1024
+  python -m flux plan flux1-dev --device cuda --memory 12 --policy auto
+  python -m flux plan flux1-dev-Q4_K.gguf t5xxl_fp8_e4m3fn.safetensors --policy 6 --json
 """
 
 
@@ -131,6 +140,43 @@ def add_models(commands: Commands) -> None:
         "models",
         help="list the known models and what each needs",
         description="List the known models, their defaults, and the files that each needs.",
+    )
+    parser.add_argument("--json", action="store_true", help="JSON in place of a table")
+
+
+def add_plan(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="say what a run will take, stage by stage, before it begins",
+        description="Say what a run will take, stage by stage: weights that stay and that are streamed, activations, "
+        "the peak, and seconds. Only headers are read; a known model needs no file at all.",
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "models", metavar="NAME|FILE", nargs="+",
+        help="a known model (`models` lists them), or files: a transformer, and what goes with it; what is not "
+        "given is planned as it is released, in bf16",
+    )  # fmt: skip
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="default: the model's own size")
+    parser.add_argument("--height", type=int, metavar="PIXELS")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at once (default: 1)")
+    parser.add_argument("--steps", type=int, metavar="N", help="default: the model's own number")
+    parser.add_argument("--negative", action="store_true", help="with a negative prompt: two passes a step")
+    parser.add_argument(
+        "--reference", action="append", default=[], metavar="WxH",
+        help="a picture of this size that the model looks at; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--from-picture", action="store_true", help="a picture is encoded: to start from, fill, follow")
+    parser.add_argument(
+        "--policy", default="auto", metavar="POLICY",
+        help="auto, keep (all weights stay), balance (half of them), save (the least memory), or a budget in GiB "
+        "(default: auto)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{DEVICES}; it need not be here")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the numbers that are computed with")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="free memory to plan for (default: what is free on the device)"
     )
     parser.add_argument("--json", action="store_true", help="JSON in place of a table")
 

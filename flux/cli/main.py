@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from ..errors import Cancelled, FluxFoundryError, NumericError, UserError
 from ..version import VERSION
-from .arguments import add_convert, add_demo, add_generate, add_inspect, add_models
+from .arguments import add_convert, add_demo, add_generate, add_inspect, add_models, add_plan
 from .arguments_guided import add_control, add_edit, add_fill, add_outpaint, add_redux
 from .console import fault
 from .purposes import DRAWING
@@ -73,6 +73,8 @@ def _run(argv: Sequence[str] | None) -> int:
         from .inspect import run
     elif arguments.command == "convert":
         from .convert import run
+    elif arguments.command == "plan":
+        from .plan import run
     elif arguments.command == "demo":
         from .demo import run
     else:
@@ -121,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         add_inspect,
         add_convert,
         add_models,
+        add_plan,
         add_demo,
     )
     for add in adders:

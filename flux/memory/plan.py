@@ -29,7 +29,7 @@ class StagePlan:
     """One stage of a run.
 
     Attributes:
-        name: Its key: "text", "vision", "encode", "transformer" or "decode".
+        name: Its key: "clip", "t5", "vision", "encode", "transformer" or "decode".
         title: What runs in it.
         weights: Bytes of its weights as they are stored.
         footprint: Of them on the device.

@@ -20,7 +20,7 @@ from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import ReduxSpec, SiglipSpec
 
-__all__ = ["build_of", "parameter_shapes"]
+__all__ = ["block_names", "build_of", "parameter_shapes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,6 +36,12 @@ def build_of(spec: object) -> Callable[[Any], nn.Module] | None:
     if isinstance(spec, AutoencoderSpec) and spec.name not in AUTOENCODERS:
         return None
     return BUILDS.get(type(spec))
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """The prefixes of what runs one after the other and can be streamed; none where there is no such row."""
+    tell: Callable[[], list[str]] | None = getattr(module, "block_names", None)
+    return [] if tell is None else tell()
 
 
 @functools.lru_cache(REMEMBERED)

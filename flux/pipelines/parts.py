@@ -34,11 +34,11 @@ from ..weights.binding import Binding, bind
 from ..weights.checkpoints import FilePart, read_parts
 from ..weights.sources import Checkpoint, open_checkpoint
 from .library import given_files, model_files_in
-from .modules import build_of
+from .modules import block_names, build_of
 
 __all__ = [
     "KEEPS", "BoundPart", "Part", "bind_part", "check_beside", "check_redux_beside", "find_part", "joined",
-    "open_autoencoder", "open_clip", "open_redux", "open_t5", "open_transformer", "open_vision",
+    "open_autoencoder", "open_clip", "open_redux", "open_t5", "open_transformer", "open_vision", "packs_on",
 ]  # fmt: skip
 
 Spec = TypeVar("Spec")
@@ -256,15 +256,22 @@ def _open(
     assert keep in KEEPS
     bound = bind_part(path, kind, variant)
     chosen = dtype or compute_dtype(device, bound.parameters)
-    packs = keep == "packed" or (keep == "auto" and _packs(bound, device, chosen))
-    blocks = bound.module.block_names() if hasattr(bound.module, "block_names") else ()
+    packs = keep == "packed" or (keep == "auto" and packs_on(bound, device, chosen, available_bytes(device)))
+    blocks = block_names(bound.module)
     residency = Residency(bound.module, bound.bindings, device=device, dtype=chosen, keeps_packed=packs, blocks=blocks)
     return Part(bound.recognised.spec, bound.module, residency, Given(bound.checkpoint.path, bound.recognised))
 
 
-def _packs(bound: BoundPart, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights stay packed: where their numbers would take too much, or the device multiplies them so."""
-    if bound.parameters * dtype.itemsize > SHARE_FOR_NUMBERS * available_bytes(device):
+def packs_on(bound: BoundPart, device: torch.device, dtype: torch.dtype, available: int) -> bool:
+    """Whether weights stay packed: where their numbers would take too much, or the device multiplies them so.
+
+    Args:
+        bound: What they are in.
+        device: Where they go.
+        dtype: Of their numbers there.
+        available: Bytes free there.
+    """
+    if bound.parameters * dtype.itemsize > SHARE_FOR_NUMBERS * available:
         return True
     return any(
         source.multiplies_on(device) for binding in bound.bindings.values() for source in binding.sources.values()

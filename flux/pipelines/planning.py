@@ -28,11 +28,14 @@ from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
-from .modules import build_of, parameter_shapes
+from .modules import block_names, build_of, parameter_shapes
+from .parts import BoundPart, packs_on
 
-__all__ = ["Job", "Planned", "plan_run", "planned_of_spec"]
+__all__ = ["Job", "Planned", "plan_run", "planned_of_file", "planned_of_spec"]
 
-STAGES = ("text", "vision", "encode", "transformer", "decode")
+STAGES = ("clip", "t5", "vision", "encode", "transformer", "decode")
+ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages of parts that run in one
+PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
 LONG = torch.int64
 
 
@@ -90,8 +93,23 @@ def planned_of_spec(spec: Any, dtype: torch.dtype, stored: torch.dtype = torch.b
     module, shapes = _module(spec, dtype), parameter_shapes(spec)
     assert shapes is not None
     sizes = {name: Size(math.prod(shape), math.prod(shape) * stored.itemsize) for name, shape in shapes.items()}
-    blocks = module.block_names() if hasattr(module, "block_names") else ()
+    blocks = block_names(module)
     return Planned(spec, Accounts(module, sizes, item=dtype.itemsize, keeps_packed=False, blocks=blocks), dtype)
+
+
+def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, available: int) -> Planned:
+    """A part of a file, by its header.
+
+    Args:
+        bound: The part.
+        device: Where it will run.
+        dtype: Of its numbers there.
+        available: Bytes free there, by which weights stay packed or not.
+    """
+    packs = packs_on(bound, device, dtype, available)
+    blocks = block_names(bound.module)
+    accounts = Accounts(bound.module, bound.bindings, item=dtype.itemsize, keeps_packed=packs, blocks=blocks)
+    return Planned(bound.recognised.spec, accounts, dtype)
 
 
 def plan_run(
@@ -119,7 +137,7 @@ def plan_run(
     plan = functools.partial(_planned_stage, job=job, policy=policy, available=available)
     stages = [plan(part, name) for part in parts for name in _stages_of(part.spec, job)]
     order = {name: index for index, name in enumerate(STAGES)}
-    stages.sort(key=lambda stage: order[stage.name.split(" ")[0]])
+    stages.sort(key=lambda stage: order[stage.name])
     return RunPlan(tuple(stages), policy, device, available, rates)
 
 
@@ -128,7 +146,7 @@ def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:
         return ("encode", "decode") if job.starts or job.references else ("decode",)
     if isinstance(spec, SiglipSpec):
         return ("vision",) if job.views else ()
-    return ("transformer",) if isinstance(spec, Flux1Spec) else ("text",)
+    return (ALONE[type(spec)],) if type(spec) in ALONE else ()
 
 
 def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, available: int) -> StagePlan:
@@ -155,8 +173,8 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
 
 
 def _passes(name: str, job: Job) -> int:
-    passes = {"transformer": job.steps * job.prompts, "text": job.prompts, "vision": job.views, "decode": job.batch}
-    return passes.get(name, 1)
+    passes = {"transformer": job.steps, "vision": job.views, "decode": job.batch}
+    return passes.get(name, 1) * (job.prompts if name in PROMPTED else 1)
 
 
 def _comes_once(spec: Any) -> tuple[str, ...]:

@@ -54,8 +54,8 @@ def test_flux1_dev_keeps_what_is_not_modulation(parts):
 
 def test_stages_come_in_the_order_in_which_they_run(parts):
     whole = plan(parts, job=replace(SQUARE, starts=True, views=1))
-    assert [stage.name for stage in whole.stages] == ["text", "text", "vision", "encode", "transformer", "decode"]
-    assert [stage.name for stage in plan(parts).stages] == ["text", "text", "transformer", "decode"]
+    assert [stage.name for stage in whole.stages] == ["clip", "t5", "vision", "encode", "transformer", "decode"]
+    assert [stage.name for stage in plan(parts).stages] == ["clip", "t5", "transformer", "decode"]
 
 
 @pytest.mark.parametrize("policy", ["keep", "balance", "save", "12", "auto"])
@@ -101,5 +101,6 @@ def test_seconds_follow_the_slower_of_reading_and_computing(parts):
 def test_a_plan_is_plain_values(parts):
     facts = json.loads(json.dumps(plan(parts, "balance").as_json()))
     assert facts["policy"] == "balance"
+    assert list(facts["stages"]) == ["clip", "t5", "transformer", "decode"]
     assert facts["stages"]["transformer"]["streamed_bytes"] > 0
     assert facts["peak_bytes"] == max(stage["peak_bytes"] for stage in facts["stages"].values())

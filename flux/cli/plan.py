@@ -1,0 +1,196 @@
+"""``python -m flux plan``: what a run will take, before it begins."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..memory.available import available_bytes
+from ..memory.plan import RunPlan, StagePlan
+from ..memory.policy import GIB, read_policy
+from ..memory.rates import measure_rates
+from ..ops.dtypes import compute_dtype
+from ..pipelines.describe import human_bytes
+from ..pipelines.modules import build_of, parameter_shapes
+from ..pipelines.parts import bind_part
+from ..pipelines.planning import Job, Planned, plan_run, planned_of_file, planned_of_spec
+from ..pipelines.text_to_image import check_side, round_size
+from ..specs.autoencoder import AUTOENCODERS
+from ..specs.flux1 import FLUX1, Flux1Spec
+from ..specs.text import CLIP_TEXT, T5_ENCODERS
+from ..weights.checkpoints import read_parts
+from ..weights.sources import open_checkpoint
+from .console import note, say, table
+from .engine import DTYPES, resolve_device
+from .purposes import SHORT_NAMES
+
+__all__ = ["run"]
+
+HEAD = ("STAGE", "MODEL", "WEIGHTS", "STAY", "STREAMED", "BESIDES", "PEAK", "TIME")
+SIZE = re.compile(r"(\d+)x(\d+)", re.IGNORECASE)
+UNKNOWN_DEVICE = 24 * GIB  # free memory of a device that is not here
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan as a table or JSON; returns the exit code."""
+    policy = read_policy(arguments.policy)
+    device, is_here = _device(arguments.device)
+    available = _available(arguments.memory, device, is_here)
+    parts = list(_parts(arguments.models, device, DTYPES[arguments.dtype], available))
+    transformer = next(part for part in parts if isinstance(part.spec, Flux1Spec))
+    rates = measure_rates(device, transformer.dtype) if is_here else None
+    plan = plan_run(
+        parts, _job(arguments, transformer.spec), policy, device=str(device), available=available, rates=rates
+    )
+    say(json.dumps(plan.as_json(), indent=2) if arguments.json else _as_text(plan))
+    return 0
+
+
+def _device(name: str) -> tuple[torch.device, bool]:
+    """The device, and whether it is on this machine."""
+    try:
+        return resolve_device(name), True
+    except UserError:
+        kind = name.split(":")[0]
+        if kind not in ("cuda", "mps"):
+            raise
+        return torch.device(kind), False
+
+
+def _available(gib: float | None, device: torch.device, is_here: bool) -> int:
+    if gib is not None:
+        if not gib > 0:
+            raise UserError(f"memory is {gib:g}; give the free memory in GiB, such as 12")
+        return int(gib * GIB)
+    if is_here:
+        return available_bytes(device)
+    note(
+        f"{device} is not on this machine: {UNKNOWN_DEVICE // GIB} GiB of free memory are assumed; --memory says others"
+    )
+    return UNKNOWN_DEVICE
+
+
+def _parts(models: Sequence[str], device: torch.device, dtype: torch.dtype | None, available: int) -> Iterator[Planned]:
+    """Every part of the model: of the files that are given, and else of its specs."""
+    files = [Path(name) for name in models if SHORT_NAMES.get(name, name) not in FLUX1]
+    names = [FLUX1[SHORT_NAMES.get(name, name)] for name in models if SHORT_NAMES.get(name, name) in FLUX1]
+    given = [part for path in files for part in _of_file(path, device, dtype, available)]
+    transformers = [*(part.spec for part in given if isinstance(part.spec, Flux1Spec)), *names]
+    if len(transformers) != 1:
+        raise UserError(
+            f"{len(transformers)} transformers were given; give one: the name of a known model, or its file (`models` "
+            "lists the names)"
+        )
+    spec = transformers[0]
+    clip, t5 = spec.text_encoders
+    wanted: list[Any] = [*names, CLIP_TEXT[clip], T5_ENCODERS[t5], AUTOENCODERS[spec.autoencoder]]
+    yield from given
+    kinds = {type(part.spec) for part in given}
+    for own in wanted:
+        if type(own) not in kinds:
+            shapes = parameter_shapes(own)
+            assert shapes is not None
+            yield planned_of_spec(own, dtype or compute_dtype(device, _count(shapes)))
+
+
+def _count(shapes: Any) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def _of_file(path: Path, device: torch.device, dtype: torch.dtype | None, available: int) -> Iterator[Planned]:
+    """The parts of a file that can run."""
+    found = [part.recognised for part in read_parts(open_checkpoint(path), expected=parameter_shapes)]
+    kinds = [one.kind for one in found if one.runs and build_of(one.spec) is not None]
+    if not kinds:
+        raise UserError(f"{path.name} holds nothing that can be planned; `inspect` says what it is")
+    for kind in kinds:
+        bound = bind_part(path, kind)
+        yield planned_of_file(bound, device, dtype or compute_dtype(device, bound.parameters), available)
+
+
+def _job(arguments: argparse.Namespace, spec: Flux1Spec) -> Job:
+    sides = {}
+    for name in ("width", "height"):
+        value = getattr(arguments, name)
+        if value is not None:
+            check_side(name, value)
+        sides[name] = round_size(value or spec.native_side)
+    for name in ("batch", "steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; give 1 or more")
+    return Job(
+        **sides,
+        batch=arguments.batch,
+        steps=arguments.steps or spec.steps,
+        prompts=2 if arguments.negative else 1,
+        references=tuple(_reference(text) for text in arguments.reference),
+        starts=arguments.from_picture or spec.task not in ("draw", "edit"),
+    )
+
+
+def _reference(text: str) -> tuple[int, int]:
+    found = SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UserError(f"a reference's size is {text!r}; give width and height, such as 1024x768")
+    width, height = (int(side) for side in found.groups())
+    check_side("a reference's width", width)
+    check_side("a reference's height", height)
+    return round_size(width), round_size(height)
+
+
+def _as_text(plan: RunPlan) -> str:
+    rows = [_row(stage, plan) for stage in plan.stages]
+    largest = max(plan.stages, key=lambda stage: stage.peak_bytes)
+    return "\n".join(
+        (
+            *table(HEAD, rows),
+            "",
+            f"The peak is {gib(plan.peak_bytes)}, {largest.name} ({largest.title}), of {gib(plan.available)} free on "
+            f"{plan.device}; policy {plan.policy}.",
+            *_streaming(plan),
+            *_too_much(plan),
+        )
+    )
+
+
+def _row(stage: StagePlan, plan: RunPlan) -> tuple[str, ...]:
+    return (
+        stage.name,
+        stage.title,
+        human_bytes(stage.weights),
+        gib(stage.resident_bytes + stage.ring_bytes),
+        gib(stage.streamed_bytes) if stage.streamed_bytes else "-",
+        gib(stage.activations + stage.workspace),
+        gib(stage.peak_bytes),
+        "-" if plan.rates is None else f"{stage.seconds(plan.rates):.1f} s",
+    )
+
+
+def _streaming(plan: RunPlan) -> Iterator[str]:
+    for stage in plan.stages:
+        blocks = stage.footprint.blocks
+        if blocks.streamed:
+            yield (
+                f"{stage.title}: {len(blocks.streamed)} of {len(blocks.kept)} blocks are streamed, "
+                f"{gib(stage.streamed_bytes)} each pass, through {gib(stage.ring_bytes)}."
+            )
+        if stage.once:
+            yield f"{stage.title}: {gib(stage.once)} of modulation weights come once and do not stay."
+
+
+def _too_much(plan: RunPlan) -> Iterator[str]:
+    if plan.peak_bytes > plan.available:
+        yield "That is more than is free: choose policy auto or save, a smaller picture, or a smaller format."
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, or in MiB where they are few."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.1f} MiB"
