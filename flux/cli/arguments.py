@@ -36,6 +36,7 @@ FORMATS = (
 )  # fmt: skip
 LAYOUTS = ("bfl", "diffusers")
 PARTS = ("transformer", "autoencoder", "clip", "t5")
+POLICIES = "auto, keep (all weights stay), balance (half are streamed), save (all are), or GiB that a stage may take"
 DEVICES = "auto, cpu, cuda, cuda:0, cuda:1 ..."
 
 EXAMPLES = """\
@@ -170,8 +171,7 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--from-picture", action="store_true", help="a picture is encoded: to start from, fill, follow")
     parser.add_argument(
         "--policy", default="auto", metavar="POLICY",
-        help="auto, keep (all weights stay), balance (half of them), save (the least memory), or a budget in GiB "
-        "(default: auto)",
+        help=f"{POLICIES} (default: auto)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{DEVICES}; it need not be here")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the numbers that are computed with")
@@ -218,6 +218,7 @@ def _add_model(group: Group, models: str) -> None:
     group.add_argument(
         "--dtype", default="auto", help=f"{', '.join(DTYPES)}: numbers that weights become (default: auto)"
     )
+    group.add_argument("--policy", default="auto", metavar="POLICY", help=f"memory: {POLICIES} (default: auto)")
 
 
 def _add_output(group: Group) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..images import read_mask, read_picture
+from ..memory.policy import read_policy
 from ..pipelines.parts import open_autoencoder, open_transformer
 from ..pipelines.prompts import open_text_encoders
 from ..pipelines.text_to_image import FluxModel, Request
@@ -165,6 +166,7 @@ def request_of(arguments: argparse.Namespace, seed: int, **fields: Any) -> Reque
         sigmas=arguments.sigmas,
         solver=arguments.solver,
         noise=arguments.noise,
+        memory=read_policy(arguments.policy),
         **fields,
     )
 

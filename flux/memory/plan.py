@@ -38,6 +38,7 @@ class StagePlan:
         once: Bytes that are brought once and let go, before the first pass.
         passes: How often its blocks run.
         operations: Of one pass.
+        limit: Bytes that its weights may take; None for as many as there are.
     """
 
     name: str
@@ -49,6 +50,7 @@ class StagePlan:
     once: int = 0
     passes: int = 1
     operations: float = 0.0
+    limit: int | None = None
 
     @property
     def resident_bytes(self) -> int:

@@ -41,7 +41,7 @@ class Policy:
     budget: int | None = None
 
     def __str__(self) -> str:
-        return self.name if self.budget is None else f"{self.budget / GIB:g} GiB"
+        return self.name if self.budget is None else f"{round(self.budget / GIB, 3):g} GiB"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def weights_limit(policy: Policy, needs: Needs, available: int) -> int | None:
         least = needs.least + needs.working
         if policy.budget < least:
             raise UserError(
-                f"a budget of {policy} is below the least that this takes, {math.ceil(10 * least / GIB) / 10:g} GiB; "
+                f"a budget of {policy} is below the least that this takes, {math.ceil(100 * least / GIB) / 100:g} GiB; "
                 "raise it, or ask for a smaller picture or fewer at once"
             )
         return policy.budget - needs.working

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..adapters.channels import CELL
 from ..memory.accounts import Accounts, Size
+from ..memory.available import available_bytes
 from ..memory.plan import Rates, RunPlan, StagePlan
-from ..memory.policy import Needs, Policy, weights_limit
+from ..memory.policy import AUTO, KEEP, Needs, Policy, weights_limit
 from ..memory.tracing import Traced, trace
 from ..models.flux1 import Conditions, Flux1
 from ..models.positions import image_ids, reference_ids, text_ids
@@ -29,13 +30,14 @@ from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
 from .modules import block_names, build_of, parameter_shapes
-from .parts import BoundPart, packs_on
+from .parts import BoundPart, Part, packs_on
 
-__all__ = ["Job", "Planned", "plan_run", "planned_of_file", "planned_of_spec"]
+__all__ = ["Job", "Planned", "grant", "plan_run", "planned_of_file", "planned_of_part", "planned_of_spec"]
 
 STAGES = ("clip", "t5", "vision", "encode", "transformer", "decode")
 ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages of parts that run in one
 PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
+PLENTY = 0.25  # of free memory: the rest is far more than a run's activations
 LONG = torch.int64
 
 
@@ -52,6 +54,7 @@ class Job:
         references: Width and height in pixels of pictures that the model may look at.
         starts: Whether a picture is encoded: to start from, to fill, to follow.
         views: Views that a vision tower sees.
+        styles: Further text tokens, of Redux.
     """
 
     width: int
@@ -62,6 +65,7 @@ class Job:
     references: tuple[tuple[int, int], ...] = ()
     starts: bool = False
     views: int = 0
+    styles: int = 0
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -112,6 +116,36 @@ def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, 
     return Planned(bound.recognised.spec, accounts, dtype)
 
 
+def planned_of_part(part: Part[Any, Any]) -> Planned:
+    """A part that is opened."""
+    return Planned(part.spec, part.residency.accounts, part.dtype)
+
+
+def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> dict[str, int | None]:
+    """Bytes that the weights of every stage may take; None for as many as there are, as for stages that are not named.
+
+    Args:
+        parts: On one device.
+        job: What is to be drawn.
+        policy: How much memory may be taken.
+
+    Raises:
+        UserError: A budget is below what a stage can do with.
+    """
+    device = parts[0].device
+    available = available_bytes(device)
+    if policy.name == KEEP or (policy.name == AUTO and _is_plenty(parts, available)):
+        return {}
+    planned = [planned_of_part(part) for part in parts]
+    plan = plan_run(planned, job, policy, device=str(device), available=available)
+    return {stage.name: stage.limit for stage in plan.stages}
+
+
+def _is_plenty(parts: Sequence[Part[Any, Any]], available: int) -> bool:
+    """Whether there is no need to look closer: weights take a small share of what is free."""
+    return max(part.residency.accounts.footprint().device_bytes for part in parts) <= PLENTY * available
+
+
 def plan_run(
     parts: Sequence[Planned],
     job: Job,
@@ -158,7 +192,8 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     packed = accounts.unpacked_bytes(accounts.packable)
     streamed = accounts.unpacked_bytes(name for block in accounts.blocks for name in accounts.names_in(block, apart))
     needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed))
-    footprint = accounts.footprint(apart, weights_limit(policy, needs, available))
+    limit = weights_limit(policy, needs, available)
+    footprint = accounts.footprint(apart, limit)
     return StagePlan(
         name=name,
         title=part.title,
@@ -169,6 +204,7 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
         once=accounts.stored_bytes() - accounts.stored_bytes(apart),
         passes=_passes(name, job),
         operations=found.operations,
+        limit=limit,
     )
 
 
@@ -212,7 +248,8 @@ def _run_transformer(module: Flux1, spec: Flux1Spec, stage: str, dtype: torch.dt
     sizes = [(height // CELL, width // CELL) for width, height in job.references]
     references = sum(-(-height // PATCH) * -(-width // PATCH) for height, width in sizes)
     beside = torch.empty(1, references, spec.in_channels, dtype=dtype)
-    text = torch.empty(1, spec.t5_length, spec.context_width, dtype=dtype).expand(job.batch, -1, -1)
+    length = spec.t5_length + job.styles
+    text = torch.empty(1, length, spec.context_width, dtype=dtype).expand(job.batch, -1, -1)
     ids = image_ids(rows // PATCH, columns // PATCH)
     if sizes:
         ids = torch.cat((ids, reference_ids(sizes, (rows, columns))))
@@ -220,7 +257,7 @@ def _run_transformer(module: Flux1, spec: Flux1Spec, stage: str, dtype: torch.dt
 
     def step() -> Tensor:
         image = torch.cat((pack(latents.to(dtype)), beside.expand(job.batch, -1, -1)), dim=1)
-        out = module(image, Conditions(text, text_ids(spec.t5_length), ids), modulations)
+        out = module(image, Conditions(text, text_ids(length), ids), modulations)
         return unpack(out[:, : rows * columns // PATCH**2].float(), rows, columns)
 
     return step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class TextEncoders:
         warn: Warn | None = None,
         watch: Watch | None = None,
         titles: Sequence[str] = (),
+        limits: Mapping[str, int | None] | None = None,
     ) -> list[EncodedPrompt]:
         """Encode several prompts one by one; each encoder is in memory once, and only while it runs.
 
@@ -72,7 +73,9 @@ class TextEncoders:
             warn: Told when a text is cut.
             watch: Called before each weight on its way in; may raise to stop.
             titles: What ``warn`` hears each prompt called; "prompt" where there is none.
+            limits: Bytes that the weights of "clip" and "t5" may take; what goes beyond is streamed.
         """
+        limits = limits or {}
         clip_ids = [self.clip_tokenizer(both if own is None else own) for both, own in prompts]
         t5_ids = [self.t5_tokenizer(both, length) for both, _ in prompts]
         if warn is not None:
@@ -83,9 +86,9 @@ class TextEncoders:
                 for read in asked:
                     for sentence in cut_sentences(clip_name, read[0], t5_name, read[1], title):
                         warn(sentence)
-        with self.clip.resident(watch=watch) as clip:
+        with self.clip.resident(watch=watch, limit=limits.get("clip")) as clip:
             pooled = [clip(torch.tensor([ids.ids], device=self.clip.device))[1].float().cpu() for ids in clip_ids]
-        with self.t5.resident(watch=watch) as t5:
+        with self.t5.resident(watch=watch, limit=limits.get("t5")) as t5:
             tokens = [t5(torch.tensor([ids.ids], device=self.t5.device)).float().cpu() for ids in t5_ids]
         return [EncodedPrompt(*both) for both in zip(tokens, pooled, strict=True)]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..adapters.channels import CELL
+from ..adapters.guides import Reference, StyleTokens
 from ..errors import NumericError, UserError
+from ..memory.policy import Policy
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..models.positions import LAYOUTS
@@ -24,6 +27,7 @@ from .denoising import Hooks, prepared, walk
 from .given import check_unit
 from .guided import (
     AnyInput,
+    ReferenceInput,
     check_inputs,
     check_sizes,
     described,
@@ -33,6 +37,7 @@ from .guided import (
     size_of_inputs,
 )
 from .parts import Part, check_beside
+from .planning import Job, grant
 from .prompts import EncodedPrompt, TextEncoders
 
 __all__ = [
@@ -96,6 +101,7 @@ class Request:
         layout: Of several references: one of ``models.positions.LAYOUTS``.
         norms_by_strength: Whether norms of control LoRAs come in as far as their strength goes, and not whole (as Black
             Forest Labs' code has it).
+        memory: How much the run may take; see ``memory.policy``. Pictures are the same under any.
     """
 
     prompt: str
@@ -119,6 +125,7 @@ class Request:
     inputs: Sequence[AnyInput] = ()
     layout: str = "offset"
     norms_by_strength: bool = False
+    memory: Policy = Policy()
 
 
 @dataclass(frozen=True)
@@ -151,9 +158,10 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     spec = model.transformer.spec
     # 1. Settle every setting.
     plan = _plan(model, request, hooks)
+    limits = grant((model.transformer, model.text.clip, model.text.t5), _job(request, plan), request.memory)
     # 2. Text.
     with _stage(hooks, "text"):
-        positive, negative = _encode_prompts(model, request, plan, hooks)
+        positive, negative = _encode_prompts(model, request, plan, hooks, limits)
     # 3. The picture to start from, and those that guide.
     cells = (plan.height // model.autoencoder.spec.downscale, plan.width // model.autoencoder.spec.downscale)
     start = None
@@ -176,7 +184,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             ready = prepared(
                 model.transformer, positive, plan.sigmas,
                 guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
-                guided=guided,
+                guided=guided, limit=limits.get("transformer"),
             )  # fmt: skip
             velocity = held.enter_context(ready)
         # 5. Each picture: noise, steps, pixels.
@@ -236,8 +244,24 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
     )
 
 
+def _job(request: Request, plan: _Plan) -> Job:
+    """What is drawn, as memory goes: pictures one after the other."""
+    sizes = [given.picture.shape[-2:] for given in request.inputs if isinstance(given, ReferenceInput)]
+    cells = [given.latents.shape[-2:] for given in request.inputs if isinstance(given, Reference)]
+    sizes += [torch.Size((CELL * height, CELL * width)) for height, width in cells]
+    return Job(
+        width=plan.width,
+        height=plan.height,
+        steps=max(0, len(plan.sigmas) - 1),
+        prompts=1 if plan.cfg == 1.0 else 2,
+        references=tuple((width, height) for height, width in sizes),
+        styles=sum(given.tokens.shape[1] for given in request.inputs if isinstance(given, StyleTokens)),
+        starts=request.image is not None or bool(request.inputs),
+    )
+
+
 def _encode_prompts(
-    model: FluxModel, request: Request, plan: _Plan, hooks: Hooks
+    model: FluxModel, request: Request, plan: _Plan, hooks: Hooks, limits: Mapping[str, int | None]
 ) -> tuple[EncodedPrompt, EncodedPrompt | None]:
     """The prompt, and the negative one where guidance will use it; both in one stay of each encoder."""
     length = model.transformer.spec.t5_length
@@ -245,7 +269,12 @@ def _encode_prompts(
     if plan.cfg != 1.0:
         prompts.append((request.negative or "", None))
     encoded = model.text.encode_all(
-        prompts, length=length, warn=hooks.warn, watch=lambda *_: hooks.check(), titles=("prompt", "negative prompt")
+        prompts,
+        length=length,
+        warn=hooks.warn,
+        watch=lambda *_: hooks.check(),
+        titles=("prompt", "negative prompt"),
+        limits=limits,
     )
     for prompt in encoded:
         if not _finite(prompt.tokens, prompt.pooled):

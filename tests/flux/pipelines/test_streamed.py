@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux.errors import Cancelled, FileError
+from flux.errors import Cancelled, FileError, UserError
+from flux.memory.policy import Policy, read_policy
+from flux.memory.residency import Residency
 from flux.mini import files
 from flux.pipelines.denoising import Guidance, Hooks, denoise
 from flux.pipelines.parts import open_clip, open_t5, open_transformer, open_vision
 from flux.pipelines.prompts import EncodedPrompt
+from flux.pipelines.text_to_image import Request, generate
 from flux.specs.vision import SIGLIP_MINI
 from tests.guides import NEGATIVE, PROMPT, SIGMAS, lora, make_lora, noise, reference
 from tests.oracles import rows
@@ -133,3 +136,31 @@ def test_encoders_are_streamed_layer_by_layer(kind):
             made.append(out if isinstance(out, torch.Tensor) else out[0])
         assert len(part.residency.accounts.footprint(limit=0).blocks.streamed) == part.spec.layers
     assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("policy", ["keep", "balance", "save", "0.05"])
+def test_pictures_are_the_same_under_every_policy(policy):
+    pictures = []
+    for memory in (Policy(), read_policy(policy)):
+        request = Request(prompt="a red circle", steps=3, seed=5, memory=memory)
+        [picture] = generate(files.open_mini(), request)
+        pictures.append(picture.pixels)
+    assert torch.equal(*pictures)
+
+
+def test_a_policy_streams_text_encoders_and_transformer(monkeypatch):
+    limits = []
+    load = Residency.load
+
+    def told(own, without=(), watch=None, limit=None):
+        limits.append(limit)
+        return load(own, without, watch, limit)
+
+    monkeypatch.setattr(Residency, "load", told)
+    generate(files.open_mini(), Request(prompt="a red circle", steps=1, memory=Policy("save")))
+    assert limits == [0, 0, 0, None]  # CLIP, T5, transformer; the autoencoder
+
+
+def test_a_budget_below_the_least_is_refused_before_anything_is_loaded():
+    with pytest.raises(UserError, match="a budget of 0.001 GiB is below the least"):
+        generate(files.open_mini(), Request(prompt="a red circle", memory=read_policy("0.001")))
