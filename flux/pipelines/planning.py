@@ -168,7 +168,8 @@ def plan_run(
     Raises:
         UserError: A budget is below what a stage can do with.
     """
-    plan = functools.partial(_planned_stage, job=job, policy=policy, available=available)
+    on_cpu = torch.device(device).type == "cpu"
+    plan = functools.partial(_planned_stage, job=job, policy=policy, available=available, on_cpu=on_cpu)
     stages = [plan(part, name) for part in parts for name in _stages_of(part.spec, job)]
     order = {name: index for index, name in enumerate(STAGES)}
     stages.sort(key=lambda stage: order[stage.name])
@@ -183,13 +184,15 @@ def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:
     return (ALONE[type(spec)],) if type(spec) in ALONE else ()
 
 
-def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, available: int) -> StagePlan:
+def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, available: int, on_cpu: bool) -> StagePlan:
     found = _work(part.spec, name, part.dtype, job)
     apart = _comes_once(part.spec)
     accounts = part.accounts
     whole, least = accounts.footprint(apart), accounts.footprint(apart, 0)
     table = _table_bytes(part, job)
-    packed = accounts.unpacked_bytes(accounts.packable)
+    # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
+    once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
+    packed = max(once, accounts.unpacked_bytes(accounts.packable))
     streamed = accounts.unpacked_bytes(name for block in accounts.blocks for name in accounts.names_in(block, apart))
     needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed))
     limit = weights_limit(policy, needs, available)
