@@ -47,6 +47,11 @@ class Size:
 class Accounts:
     """Bytes of a module's weights.
 
+    Attributes:
+        blocks: The prefixes of what can be streamed, in the order in which it runs.
+        packable: The parameters that stay packed.
+        tables: Those of embeddings, of which rows can be fetched from the file.
+
     Args:
         module: May be on the meta device.
         weights: For each parameter what it takes in its file.
@@ -61,6 +66,7 @@ class Accounts:
         self._weights, self._item, self.blocks = weights, item, tuple(blocks)
         layers = {f"{path}.weight": layer for path, layer in module.named_modules() if takes_packed(layer)}
         self._movable = frozenset(name for name, layer in layers.items() if isinstance(layer, Linear))
+        self.tables = frozenset(name for name in layers if name not in self._movable and name in weights)
         self.packable = frozenset(name for name in layers if keeps_packed and self._gains(name))
 
     def kept_bytes(self, name: str) -> int:
@@ -89,6 +95,8 @@ class Accounts:
     def footprint(self, without: Iterable[str] = (), limit: int | None = None) -> Footprint:
         """What takes how much of ``limit`` bytes.
 
+        Where all is too much, tables go first, which are used once a run and row by row; then blocks are streamed.
+
         Args:
             without: Prefixes of what is not there at all.
             limit: For all together; what cannot be streamed stays in any case. None for no limit.
@@ -96,12 +104,15 @@ class Accounts:
         apart = below(without)
         blocks = [self.names_in(block, without) for block in self.blocks]
         inside = {name for names in blocks for name in names}
-        others = sum(
-            self.kept_bytes(name) for name in self._weights if name not in inside and not name.startswith(apart)
-        )
+        outside = [name for name in self._weights if name not in inside and not name.startswith(apart)]
         kept = [sum(map(self.kept_bytes, names)) for names in blocks]
         stored = [self.ring_bytes(names) for names in blocks]
-        return Footprint(others, spread_over(kept, stored, None if limit is None else limit - others))
+        others = sum(map(self.kept_bytes, outside))
+        if limit is None or others + sum(kept) <= limit:
+            return Footprint(others, spread_over(kept, stored, None))
+        fetched = tuple(name for name in outside if name in self.tables)
+        others -= sum(map(self.kept_bytes, fetched))
+        return Footprint(others, spread_over(kept, stored, limit - others), fetched)
 
     def _gains(self, name: str) -> bool:
         weight = self._weights.get(name)

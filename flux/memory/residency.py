@@ -71,6 +71,7 @@ class Residency:
         self._lane = lane
         self._streamer: Streamer | None = None
         self._streamed: frozenset[str] = frozenset()
+        self._fetched: frozenset[str] = frozenset()
         self._hooks: list[RemovableHandle] = []
         self.accounts = Accounts(module, self._weights, item=dtype.itemsize, keeps_packed=keeps_packed, blocks=blocks)
         module.requires_grad_(False)
@@ -88,10 +89,11 @@ class Residency:
         """
         self._stop()
         without, accounts = tuple(without), self.accounts
-        apart, places = below(without), accounts.footprint(without, limit).blocks.streamed
-        streamed = {place: accounts.names_in(accounts.blocks[place], without) for place in places}
+        apart, footprint = below(without), accounts.footprint(without, limit)
+        streamed = {place: accounts.names_in(accounts.blocks[place], without) for place in footprint.blocks.streamed}
         self._streamed = frozenset(name for names in streamed.values() for name in names)
-        for name in self._streamed:
+        self._fetched = frozenset(footprint.fetched)
+        for name in self._streamed | self._fetched:
             self._drop(name)
         coming = (name for name in self._weights if not name.startswith(apart) and name not in self._streamed)
         wanted = [name for name in coming if self._absent(name)]
@@ -99,7 +101,10 @@ class Residency:
         for index, name in enumerate(wanted):
             if watch is not None:
                 watch(index, len(wanted))
-            brought += self._bring(name, packed=name in accounts.packable)
+            if name in self._fetched:
+                self._bring_rows(name)
+            else:
+                brought += self._bring(name, packed=name in accounts.packable)
         if watch is not None and wanted:
             watch(len(wanted), len(wanted))
         if streamed:
@@ -134,7 +139,8 @@ class Residency:
     def resident_bytes(self) -> int:
         """Bytes of the parameters that are in memory now, and of the ring that others go through."""
         ring = 0 if self._streamer is None else self._streamer.ring_bytes
-        return ring + sum(self._bytes(name) for name in self._weights if name not in self._streamed)
+        passing = self._streamed | self._fetched
+        return ring + sum(self._bytes(name) for name in self._weights if name not in passing)
 
     def _unit(self, place: int, names: Iterable[str]) -> Unit:
         return Unit(place, tuple((self._place(name)[0], self._weights[name]) for name in names))
@@ -183,6 +189,11 @@ class Residency:
         else:
             self._set(name, weight.numbers(self.dtype, self.device))
         return self._bytes(name)
+
+    def _bring_rows(self, name: str) -> None:
+        """Have an embedding fetch rows from the file as they are asked for."""
+        layer, _ = self._place(name)
+        layer.packed, layer.dtype = self._weights[name].packed(), self.dtype
 
     def _drop(self, name: str) -> int:
         brought = self._bytes(name)

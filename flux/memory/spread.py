@@ -56,11 +56,13 @@ class Footprint:
 
     Attributes:
         others: Bytes of what is in no block, or cannot be streamed.
-        blocks: The rest.
+        blocks: What is in blocks.
+        fetched: Tables that stay in the file, of which rows are fetched; they take nothing.
     """
 
     others: int
     blocks: Spread
+    fetched: tuple[str, ...] = ()
 
     @property
     def device_bytes(self) -> int:

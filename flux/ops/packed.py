@@ -24,6 +24,10 @@ class PackedWeight(Protocol):
     """A weight as it is stored."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes."""
 
@@ -104,7 +108,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """``torch.nn.Embedding`` whose table may be packed: only the rows that are asked for are unpacked.
+    """``torch.nn.Embedding`` whose table may be packed, here or on the CPU: only rows that are asked for are unpacked.
 
     Attributes:
         packed: The table as it is stored; None where ``weight`` has its numbers.
@@ -118,7 +122,8 @@ class Embedding(nn.Embedding):
         """Rows (..., K) by their numbers (...)."""
         if self.packed is None:
             return F.embedding(input, self.weight)
-        return self.packed.rows(input.reshape(-1), self.dtype).view(*input.shape, self.embedding_dim)
+        places = input.reshape(-1).to(self.packed.device)
+        return self.packed.rows(places, self.dtype).to(input.device).view(*input.shape, self.embedding_dim)
 
 
 def takes_packed(layer: Any) -> bool:

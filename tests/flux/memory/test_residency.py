@@ -41,6 +41,10 @@ class Stored:
     def parameters(self):
         return self.tensor.numel()
 
+    @property
+    def pieces(self):
+        return (self.nbytes,)
+
     def numbers(self, dtype, device=None):
         self.reads.append(self.name)
         return self.tensor.to(device, dtype)
@@ -58,6 +62,7 @@ class Bytes:
 
     def __init__(self, tensor):
         self.tensor, self.nbytes, self.unpacked = tensor, tensor.nbytes, 0
+        self.device = tensor.device
 
     def numbers(self, dtype):
         self.unpacked += 1

@@ -72,6 +72,16 @@ def test_policies_take_less_and_less(parts):
     assert plan(parts, "6").peak_bytes <= 6 * GIB
 
 
+def test_t5_xxl_in_bf16_needs_no_more_than_a_gib(parts):
+    stage = plan(parts, "save").stage("t5")
+    assert stage.peak_bytes <= GIB
+    assert stage.footprint.fetched == (
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    )
+    assert plan(parts).stage("t5").footprint.fetched == ()
+
+
 def test_auto_streams_only_what_does_not_fit(parts):
     assert plan(parts, "auto", available=24 * GIB).stage("transformer").streamed_bytes == 0
     tight = plan(parts, "auto", available=12 * GIB).stage("transformer")
