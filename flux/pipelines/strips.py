@@ -1,0 +1,262 @@
+"""An autoencoder run in strips of rows: the numbers of a run in one piece, in a fraction of its memory.
+
+A convolution needs a row above and one below, a norm the mean and variance of the whole picture. So nothing is cut into
+tiles that would have to be blended: where a norm stands, the strips before it are computed once for its statistics and
+thrown away, and then again for use. What stays between is one map a residual block.
+
+Shapes: B batch, C channels, H and W rows and columns of the map at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models.autoencoder import AttentionBlock, Autoencoder, Decoder, Downsample, Encoder, Middle, ResBlock, Upsample
+from ..ops.attention import attention
+
+__all__ = ["decode_in_strips", "encode_in_strips"]
+
+STRIP_BYTES = 16 << 20  # of a map, about which a strip is high
+ITEM = 4  # bytes of a number, in which norms compute
+LEAST_ROWS = 8  # of a strip: of fewer, the rows that neighbours share are most of the work
+QUERIES = 1024  # that attend at once
+
+Size = tuple[int, int, int, int]
+
+
+class Map(Protocol):
+    """A map (B, C, H, W) of which rows can be asked for."""
+
+    @property
+    def size(self) -> Size: ...
+    @property
+    def widest(self) -> int:
+        """Numbers in a row of the largest map that it is made of."""
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows ``first`` to ``last`` (B, C, last - first, W), not to be written to."""
+
+
+class Whole:
+    """A map that is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def size(self) -> Size:
+        batch, channels, height, width = self.tensor.shape
+        return batch, channels, height, width
+
+    @property
+    def widest(self) -> int:
+        """See ``Map``."""
+        return _row(self.size)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See ``Map``."""
+        return self.tensor[:, :, first:last]
+
+
+class Shared:
+    """A map that is asked for twice in a row: the rows of the last answer are kept."""
+
+    def __init__(self, source: Map) -> None:
+        self._source, self.size, self.widest = source, source.size, source.widest
+        self._first, self._kept = 0, None  # type: int, Tensor | None
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See ``Map``."""
+        kept = self._kept
+        if kept is None or not self._first <= first <= last <= self._first + kept.shape[2]:
+            self._kept = None
+            kept = self._source.rows(first, last)
+            self._first, self._kept = first, kept
+        return kept[:, :, first - self._first : last - self._first]
+
+
+class Convolved:
+    """A convolution of a map, 3x3 or 1x1, around each place."""
+
+    def __init__(self, source: Map, layer: nn.Conv2d) -> None:
+        self._source, self._layer = source, layer
+        batch, _, height, width = source.size
+        self.size: Size = (batch, layer.out_channels, height, width)
+        self.widest = max(source.widest, _row(self.size))
+        self._reach = layer.kernel_size[0] // 2
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See ``Map``."""
+        reach, height = self._reach, self.size[2]
+        top, bottom = max(0, first - reach), min(height, last + reach)
+        given = self._source.rows(top, bottom)
+        lacking = (reach - (first - top), reach - (bottom - last))
+        if any(lacking):
+            given = F.pad(given, (0, 0, *lacking))
+        return F.conv2d(given, self._layer.weight, self._layer.bias, padding=(0, reach))
+
+
+class Halved:
+    """``Downsample`` of a map."""
+
+    def __init__(self, source: Map, layer: Downsample) -> None:
+        self._source, self._layer = source, layer.conv
+        batch, channels, height, width = source.size
+        self.size: Size = (batch, channels, height // 2, width // 2)
+        self.widest = max(2 * source.widest, _row(self.size))  # two rows of the one for one of the other
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See ``Map``."""
+        wanted, there = 2 * last + 1, self._source.size[2]
+        given = self._source.rows(2 * first, min(wanted, there))
+        return F.conv2d(F.pad(given, (0, 1, 0, max(0, wanted - there))), self._layer.weight, self._layer.bias, stride=2)
+
+
+class Doubled:
+    """A map of twice the rows and columns, each place by its nearest neighbour."""
+
+    def __init__(self, source: Map) -> None:
+        self._source = source
+        batch, channels, height, width = source.size
+        self.size: Size = (batch, channels, 2 * height, 2 * width)
+        self.widest = max(source.widest, _row(self.size))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See ``Map``."""
+        top = first // 2
+        doubled = F.interpolate(self._source.rows(top, -(-last // 2)), scale_factor=2.0, mode="nearest")
+        return doubled[:, :, first - 2 * top : last - 2 * top]
+
+
+class Normed:
+    """A map after a group norm and SiLU; the norm's statistics are those of the whole map."""
+
+    def __init__(self, source: Map, norm: nn.GroupNorm) -> None:
+        self._source, self.size, self.widest = source, source.size, source.widest
+        batch, channels = self.size[:2]
+        mean, variance = _statistics(source, norm.num_groups)
+        each = channels // norm.num_groups
+        scale = torch.rsqrt(variance + norm.eps).repeat_interleave(each, dim=1) * norm.weight.float()
+        shift = norm.bias.float() - mean.repeat_interleave(each, dim=1) * scale
+        self._scale, self._shift = (part.view(batch, channels, 1, 1) for part in (scale, shift))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See ``Map``."""
+        given = self._source.rows(first, last)
+        return F.silu(torch.addcmul(self._shift, given.float(), self._scale), inplace=True).to(given.dtype)
+
+
+class Sum:
+    """Two maps together; the first is asked first, for it reaches farther."""
+
+    def __init__(self, one: Map, other: Map) -> None:
+        self._one, self._other, self.size = one, other, one.size
+        self.widest = max(one.widest, other.widest)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See ``Map``."""
+        return self._one.rows(first, last) + self._other.rows(first, last)
+
+
+def _row(size: Size) -> int:
+    batch, channels, _, width = size
+    return batch * channels * width
+
+
+def _statistics(source: Map, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, groups) in fp32, put together strip by strip (Chan et al. 1979)."""
+    count, mean, spread = 0, torch.zeros(()), torch.zeros(())
+    for _, strip in _strips(source):
+        numbers = strip.float().reshape(strip.shape[0], groups, -1)
+        own = numbers.shape[-1]
+        own_variance, own_mean = torch.var_mean(numbers, dim=-1, correction=0)
+        if count == 0:
+            count, mean, spread = own, own_mean, own_variance * own
+            continue
+        away, whole = own_mean - mean, count + own
+        mean = mean + away * (own / whole)
+        spread = spread + own_variance * own + away.square() * (count * own / whole)
+        count = whole
+    return mean, spread / count
+
+
+def _strips(source: Map) -> Iterator[tuple[int, Tensor]]:
+    """A map strip by strip, each with the number of its first row."""
+    height = source.size[2]
+    step = max(LEAST_ROWS, STRIP_BYTES // (source.widest * ITEM))
+    for first in range(0, height, step):
+        yield first, source.rows(first, min(height, first + step))
+
+
+def _made(source: Map) -> Whole:
+    """A map computed and kept."""
+    out: Tensor | None = None
+    for first, strip in _strips(source):
+        if out is None:
+            out = strip.new_empty(source.size)
+        out[:, :, first : first + strip.shape[2]] = strip
+    assert out is not None
+    return Whole(out)
+
+
+def _res_block(source: Map, block: ResBlock) -> Whole:
+    shared = Shared(source)
+    once = Convolved(Normed(shared, block.norm1), block.conv1)
+    twice = Convolved(Normed(once, block.norm2), block.conv2)
+    return _made(Sum(twice, shared if block.nin_shortcut is None else Convolved(shared, block.nin_shortcut)))
+
+
+def _blocks(level: nn.Module) -> Iterator[ResBlock]:
+    for block in level.get_submodule("block").children():
+        assert isinstance(block, ResBlock)
+        yield block
+
+
+def _middle(source: Map, middle: Middle) -> Whole:
+    x = _res_block(source, middle.block_1).tensor
+    return _res_block(Whole(_attended(x, middle.attn_1)), middle.block_2)
+
+
+def _attended(x: Tensor, block: AttentionBlock) -> Tensor:
+    """``AttentionBlock`` with some queries at a time, for kernels that write their logits out."""
+    batch, channels, height, width = x.shape
+    h = block.norm(x)
+    q, k, v = (conv(h).reshape(batch, 1, channels, -1).transpose(2, 3) for conv in (block.q, block.k, block.v))
+    mixed = torch.cat([attention(part, k, v) for part in q.split_with_sizes(_shares(q.shape[2]), dim=2)], dim=2)
+    out: Tensor = x + block.proj_out(mixed.transpose(2, 3).reshape(batch, channels, height, width))
+    return out
+
+
+def _shares(count: int) -> list[int]:
+    return [min(QUERIES, count - first) for first in range(0, count, QUERIES)]
+
+
+def decode_in_strips(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """``Autoencoder.decode``: scaled latents (B, C, h, w) to pictures (B, 3, H, W)."""
+    decoder: Decoder = autoencoder.decoder
+    x: Map = _middle(Convolved(Whole(autoencoder.from_model(latents)), decoder.conv_in), decoder.mid)
+    for level in reversed(decoder.up):
+        for block in _blocks(level):
+            x = _res_block(x, block)
+        if isinstance(level.upsample, Upsample):
+            x = Convolved(Doubled(x), level.upsample.conv)
+    return _made(Convolved(Normed(x, decoder.norm_out), decoder.conv_out)).tensor
+
+
+def encode_in_strips(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
+    """``Autoencoder.encode``: pictures (B, 3, H, W) in -1..1 to scaled latents, the posterior's mean (B, C, h, w)."""
+    encoder: Encoder = autoencoder.encoder
+    x: Map = Convolved(Whole(pixels), encoder.conv_in)
+    for level in encoder.down:
+        for block in _blocks(level):
+            x = _res_block(x, block)
+        if isinstance(level.downsample, Downsample):
+            x = Halved(x, level.downsample)
+    x = _middle(x, encoder.mid)
+    moments = _made(Convolved(Normed(x, encoder.norm_out), encoder.conv_out)).tensor
+    return autoencoder.to_model(moments.chunk(2, dim=1)[0])
