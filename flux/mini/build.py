@@ -59,9 +59,9 @@ SCHNELL = {"steps": 400, "decay": 350, "batch": 64, "learning_rate": 8e-4}
 # The guided models begin with ``flux1-mini``, Depth with Canny. What ships was trained in sittings, too: Fill's first
 # 2,500 steps were without ``PULL``, then 900 with it, 600 of them descending, and from their average 1,600 more, 900
 # descending. Depth's LoRA had 500 steps without it and 300 with it. Redux had 3,400 steps of the stage "style", 1,900
-# of them descending, then 900 from half the rate to nothing, and from the mean of both averages 480 likewise, on fewer
-# drawn batches and with weak strengths in an eighth of the steps; all by two processes with half a batch each. From
-# nothing, begin with these numbers.
+# of them descending, then 900 from half the rate to nothing, from the mean of both averages 480 likewise, and from the
+# shipped weights of then "style_further", seed 71; all by two processes with half a batch each. From nothing, begin
+# with these numbers.
 GUIDED_RECIPES: dict[str, dict[str, float]] = {
     "fill": {"steps": 3400, "decay": 1200, "batch": 32, "learning_rate": 1.5e-3},
     "canny": {"steps": 900, "decay": 400, "batch": 32, "learning_rate": 1.5e-3},
