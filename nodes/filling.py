@@ -67,6 +67,13 @@ class Fill(io.ComfyNode):
                     "as with ComfyUI's noise masks, and also models without Fill paint inside the mask only.",
                 ),
                 negative_input(),
+                io.Mask.Input(
+                    "region",
+                    optional=True,
+                    tooltip="White where in the new picture the picture with its hole is seen; elsewhere all is drawn "
+                    "anew, as from a picture that is hidden as a whole. Not connected: everywhere. It is stretched to "
+                    "the new picture.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -95,6 +102,7 @@ class Fill(io.ComfyNode):
         rounding: str,
         noise_mask: bool,
         negative: Any = None,
+        region: Any = None,
     ) -> io.NodeOutput:
         from .bridge.filling import add_hole
 
@@ -109,6 +117,7 @@ class Fill(io.ComfyNode):
             end=end,
             rounding=rounding,
             noise_mask=noise_mask,
+            region=region,
         )
         return io.NodeOutput(*outputs, ui=ui.PreviewImage(seen, cls=cls))
 

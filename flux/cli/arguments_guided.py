@@ -146,7 +146,7 @@ def add_control(commands: Commands) -> None:
         "--depth-model", type=Path, metavar="FOLDER", help="a depth model in transformers' format, to look at a photo"
     )
     control.add_argument(
-        "--depth-scale", choices=DEPTH_SCALES, default=DEPTH_SCALES[0],
+        "--depth-scale", choices=DEPTH_SCALES,
         help="of --depth-model: stretched to black and white, or as Black Forest Labs' (default: minmax)",
     )  # fmt: skip
     control.add_argument("--invert", action="store_true", help="the depth picture is bright where things are far")
@@ -235,7 +235,8 @@ def add_edit(commands: Commands) -> None:
     )  # fmt: skip
     references.add_argument(
         "--budget", type=float, metavar="MEGAPIXELS",
-        help="a larger picture is scaled down for the model (default: 1.05, or less for the embedded model)",
+        help="a larger picture is scaled down for the model; not with --fit kontext (default: 1.05, or less for the "
+        "embedded model)",
     )  # fmt: skip
     add_shared(parser, "kontext-mini, which is inside the pack and what mini is here, or the file of FLUX.1 Kontext")
 

@@ -16,7 +16,7 @@ from ..pipelines.guided import ControlInput
 from ..pipelines.text_to_image import check_side, round_size
 from ..preprocess.canny import HIGH, LOW, automatic_canny, canny
 from ..preprocess.control import fit_control, has_colours, is_black_and_white, lacks_edges
-from ..preprocess.depth import normalise_depth, open_depth
+from ..preprocess.depth import NORMALISATIONS, normalise_depth, open_depth
 from ..specs.flux1 import Flux1Spec, full_model
 from .console import say
 from .engine import Desk, Job, Warn, as_pixels, channels_first, guide_of, request_of
@@ -27,7 +27,7 @@ __all__ = ["make", "run_as_trained"]
 DEPTH_FILES = (".json", ".safetensors")
 OWN_OPTIONS = {  # that say nothing without a type
     "canny": ("low", "high", "auto"),
-    "depth": ("depth_model", "invert"),
+    "depth": ("depth_model", "depth_scale", "invert"),
 }
 
 
@@ -69,6 +69,8 @@ def _check(arguments: argparse.Namespace) -> None:
             )
     if arguments.ready and arguments.depth_model is not None:
         raise UserError("--ready says that IMAGE is depth already, and --depth-model looks for it; give one of them")
+    if arguments.type == "depth" and arguments.depth_model is None and arguments.depth_scale is not None:
+        raise UserError("--depth-scale is of what --depth-model finds, and there is none; give one, or leave it out")
     if arguments.ready and (arguments.auto or arguments.low is not None or arguments.high is not None):
         raise UserError("--ready says that IMAGE is edges already, so there are no thresholds; leave one of them out")
     if arguments.auto and (arguments.low is not None or arguments.high is not None):
@@ -145,9 +147,10 @@ def _control(
         return canny(picture, low, high), {"thresholds": [low, high]}
     if arguments.depth_model is not None:
         raw = open_depth(arguments.depth_model, device).estimate(picture)
-        depth = normalise_depth(raw, arguments.depth_scale, arguments.invert)
+        scale = arguments.depth_scale or NORMALISATIONS[0]
+        depth = normalise_depth(raw, scale, arguments.invert)
         return depth, {
-            "depth_model": arguments.depth_model.name, "depth_scale": arguments.depth_scale, "invert": arguments.invert,
+            "depth_model": arguments.depth_model.name, "depth_scale": scale, "invert": arguments.invert,
         }  # fmt: skip
     return (1 - picture, {"invert": True}) if arguments.invert else (picture, {})
 

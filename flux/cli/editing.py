@@ -26,6 +26,7 @@ from .engine import (
 __all__ = ["make"]
 
 KEEPS_PLACE = "pad"
+HAS_SIZES = "kontext"
 LEAST_BUDGET = 192 * 192  # pixels; the embedded model was trained on canvases up to this size
 MEGA = 1_000_000
 MOST_MEGAPIXELS = 100.0
@@ -41,7 +42,9 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
     strengths = strengths_of(arguments, len(paths))
     pictures = [picture_of(path) for path in paths]
     budget = _budget(arguments, desk)
-    fitted = [fit_reference(picture, arguments.fit, budget, warn=desk.warn) for picture in pictures]
+    fitted = [
+        fit_reference(picture, arguments.fit, budget, warn=desk.warn, native_side=desk.side) for picture in pictures
+    ]
     guide = guide_of(arguments)
     inputs = [
         ReferenceInput(picture=channels_first(one.picture), strength=strength, **guide)
@@ -75,6 +78,8 @@ def _cut(pixels: Tensor, fitted: FittedReference, size: tuple[int, int]) -> Tens
 
 def _budget(arguments: argparse.Namespace, desk: Desk) -> int:
     """Pixels of a reference at most."""
+    if arguments.budget is not None and arguments.fit == HAS_SIZES:
+        raise UserError("--fit kontext has sizes of its own, so that there is no --budget beside it; leave one out")
     if arguments.budget is None:
         return max(desk.side * desk.side, LEAST_BUDGET)
     if not 0 < arguments.budget <= MOST_MEGAPIXELS:

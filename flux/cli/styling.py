@@ -65,5 +65,8 @@ def _mask(arguments: argparse.Namespace) -> Tensor | None:
     if arguments.mask is None:
         return None
     if len(arguments.image) > 1:
-        raise UserError("--mask is of a single IMAGE, and several were given; give them one after another, or no mask")
+        raise UserError(
+            "--mask is of a single IMAGE, and several were given; give one IMAGE, or no mask (in ComfyUI every FLUX "
+            "Redux has one of its own)"
+        )
     return mask_of(arguments.mask)

@@ -50,7 +50,8 @@ HOLE_LEVELS = 16  # to what fraction of its greatest value a soft mask's holes a
 
 FAINT = 0.05  # below it a value is hardly seen; JPEG makes such of black
 FAINT_SHARE = 0.1  # of the pixels, from which on it is no soft edge
-BORDER_SHARE = 0.95  # of a picture's outermost pixels
+MASKED_SIDES = 2  # of a picture that are mask: a thing that was meant touches two others at most, as in a corner
+SIDE_SHARE = 0.95  # of a side's pixels
 INVERTED_SHARE = 0.5  # of the pixels
 SET = 0.5  # from here on a value counts as mask where pixels are counted
 EMPTY = (
@@ -191,18 +192,21 @@ def _finding(mask: Tensor) -> str:
             "save the mask as PNG, or raise its contrast"
         )
     share = (mask >= SET).float().mean().item()
-    if _border(mask) >= BORDER_SHARE and share >= INVERTED_SHARE:
+    if share >= INVERTED_SHARE and _is_around(mask):
         return (
-            f"the mask covers {share:.0%} of the picture, all around, and keeps only what is in the middle; "
-            "if that is what should be repainted, invert the mask"
+            f"the mask covers {share:.0%} of the picture, nearly all around what it keeps; if that is what should be "
+            "repainted, invert the mask"
         )
     return ""
 
 
-def _border(mask: Tensor) -> float:
-    """The share of mask in the outermost pixels of (H, W)."""
-    ring = torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    return (ring >= SET).float().mean().item()
+def _is_around(mask: Tensor) -> bool:
+    """Whether a mask (H, W) lies around what it keeps: a thing in the middle, at a side or in a corner.
+
+    What reaches from one end of a side to the other is rather a picture that is to grow.
+    """
+    masked = [(side >= SET).float().mean().item() for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1])]
+    return sum(share >= SIDE_SHARE for share in masked) >= MASKED_SIDES and min(masked) > 1 - SIDE_SHARE
 
 
 def fit_mask(mask: Tensor, height: int, width: int, warn: Warn | None = None) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 GRID = 16  # pixels along a token's side
+NATIVE_SIDE = 1024  # pixels along each side of what FLUX.1 Kontext was trained on
 BUDGET_PIXELS = 1024 * 1024  # what Kontext was trained on
 MAX_ASPECT = 32  # long side to short; of a narrower picture padding to the grid would be the larger part
 REFERENCE_FITS = ("pad", "kontext", "crop")
@@ -72,10 +73,24 @@ class FittedReference:
     size: PaddedSize
 
 
-def kontext_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height of the recommended size with the nearest aspect ratio; of two as near, the smaller pair."""
+def kontext_size(width: int, height: int, native_side: int = NATIVE_SIDE) -> tuple[int, int]:
+    """Width and height of the recommended size with the nearest aspect ratio; of two as near, the smaller pair.
+
+    Args:
+        width: Of the picture.
+        height: Likewise.
+        native_side: Of the pictures that the model was trained on; for others than FLUX.1 Kontext's the sizes are in
+            proportion to it, on the grid.
+    """
     aspect = width / height
-    return min(KONTEXT_SIZES, key=lambda size: (abs(aspect - size[0] / size[1]), size))
+    wide, high = min(KONTEXT_SIZES, key=lambda size: (abs(aspect - size[0] / size[1]), size))
+    if native_side == NATIVE_SIDE:
+        return wide, high
+    return _in_proportion(wide, native_side), _in_proportion(high, native_side)
+
+
+def _in_proportion(side: int, native_side: int) -> int:
+    return max(GRID, round(side * native_side / NATIVE_SIDE / GRID) * GRID)
 
 
 def reference_size_of_output(height: int, width: int, multiple: int = GRID) -> PaddedSize:
@@ -95,6 +110,7 @@ def fit_reference(
     budget_pixels: int = BUDGET_PIXELS,
     multiple: int = GRID,
     warn: Warn | None = None,
+    native_side: int = NATIVE_SIDE,
 ) -> FittedReference:
     """A reference at a size that can be encoded.
 
@@ -106,7 +122,8 @@ def fit_reference(
         budget_pixels: A picture of more pixels is first scaled down to it, with its aspect kept; "kontext" has its own
             sizes. What "pad" adds is not counted.
         multiple: The grid.
-        warn: Told when the picture is scaled down or stretched.
+        warn: Told when the picture is scaled or stretched.
+        native_side: For "kontext"; see ``kontext_size``.
 
     Returns:
         The picture and what of it is content.
@@ -118,14 +135,16 @@ def fit_reference(
     picture = as_rgb(picture)
     warn = warn or (lambda _: None)
     if how == "kontext":
-        return _at_kontext_size(picture, multiple, warn)
+        return _at_kontext_size(picture, native_side, multiple, warn)
     picture = _within(picture, budget_pixels, multiple, warn)
     return _padded(picture, multiple) if how == "pad" else _cropped(picture, multiple)
 
 
-def _at_kontext_size(picture: Tensor, multiple: int, warn: Warn) -> FittedReference:
-    sides = kontext_size(picture.shape[2], picture.shape[1])
+def _at_kontext_size(picture: Tensor, native_side: int, multiple: int, warn: Warn) -> FittedReference:
+    sides = kontext_size(picture.shape[2], picture.shape[1], native_side)
     width, height = (side // multiple * multiple for side in sides)
+    if picture.shape[1:3] != (height, width) and not differs_in_aspect(picture, height, width):
+        warn(f"the reference ({picture.shape[2]}x{picture.shape[1]}) is resized to {width}x{height}")
     if differs_in_aspect(picture, height, width):
         warn(
             f"the reference ({picture.shape[2]}x{picture.shape[1]}) is stretched to {width}x{height}, which changes "

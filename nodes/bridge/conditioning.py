@@ -13,7 +13,7 @@ from ...flux.specs.flux1 import Flux1Spec
 from .control_lora import FIRST_LAYER, control_slots, takes_hole
 from .entries import MASK as REGION
 from .experts import EXPERT, expert_of, our_spec
-from .pictures import CONTROLS, IMAGE, MASK
+from .pictures import CONTROLS, IMAGE, MASK, taken_by
 from .preflight import check_together, files_of, given_of
 from .progress import say
 from .references import LATENTS, VIEWS, views_of
@@ -204,6 +204,7 @@ def tell_of_pictures(patcher: Any, entries: list[Extra]) -> None:
     """Warn of what a MODEL of ours was not given, or was not made for."""
     spec: Flux1Spec = patcher.model.spec
     slots, title = control_slots(patcher, spec), spec.title
+    entries = [taken_by(entry, hole=takes_hole(spec), slots=slots) for entry in entries]
     pictures = any(entry.get(IMAGE) is not None for entry in entries)
     holes = any(entry.get(MASK) is not None for entry in entries)
     if takes_hole(spec) and not pictures:

@@ -21,9 +21,11 @@ from ...flux.preprocess.canny import automatic_canny, canny
 from ...flux.preprocess.control import as_rgb, fit_control, has_colours, is_black_and_white, lacks_edges
 from ...flux.preprocess.depth import normalise_depth, open_depth
 from .compat import patch, to_intermediate
+from .control_lora import control_slots
 from .entries import Conditioning, check_region
+from .experts import receiver
 from .filling import CELL, encode, tell_of_area, with_both
-from .pictures import CONTROLS, IMAGE, has_hole, marked, with_room
+from .pictures import CONTROL, CONTROLS, IMAGE, has_hole, if_taken, marked, with_room
 from .preflight import encoded_by
 from .progress import check_cancelled, say
 
@@ -182,11 +184,15 @@ def add_control(
     check_strength(strength)
     check_region(region, "the control would be followed nowhere")
     latents = encode(vae, picture)
-    replaced, holed = False, has_hole([*positive, *(negative or ())])
+    entries = [*positive, *(negative or ())]
+    replaced, holed = False, has_hole(entries)
+    given = receiver(entries, lambda patcher: control_slots(patcher, patcher.model.spec) >= slot)
 
     def change(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
         nonlocal replaced
-        extra = encoded_by(vae, extra)
+        if given(extra) is False:
+            return text, extra
+        extra = encoded_by(vae, extra if given(extra) else if_taken(extra, CONTROL))
         if slot == 1 and not holed:
             replaced |= extra.get(IMAGE) is not None
             return text, {**extra, IMAGE: latents}
@@ -194,9 +200,12 @@ def add_control(
         replaced |= slot in before
         return text, {**extra, CONTROLS: {**before, slot: latents}}
 
+    def without(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
+        return (text, extra) if given(extra) is False else marked(text, extra)
+
     if holed:
         positive, negative = with_room(positive), None if negative is None else with_room(negative)
-    both = with_both(positive, negative, change, start=start, end=end, share=strength, region=region, without=marked)
+    both = with_both(positive, negative, change, start=start, end=end, share=strength, region=region, without=without)
     if replaced:
         say(
             f"the prompt carries a picture for control {slot} already, which this one replaces: for both choose "

@@ -6,6 +6,7 @@ own patches (LoRA) are on their weights. Its denoiser hands a call on where the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.patcher_extension
@@ -18,7 +19,7 @@ from .entries import END, START, STRENGTH, Conditioning
 from .pictures import lacks_guide
 from .progress import say
 
-__all__ = ["EXPERT", "TABLE", "Expert", "combine", "expert_of", "our_spec"]
+__all__ = ["EXPERT", "TABLE", "Expert", "combine", "expert_of", "our_spec", "receiver"]
 
 EXPERT = "fluxfoundry_expert"  # our key in a CONDITIONING, and of the denoiser's inputs
 TABLE = "fluxfoundry_modulations"  # our key in the host's transformer_options
@@ -77,6 +78,27 @@ def expert_of(extra: dict[str, Any]) -> Expert | None:
     """Which further MODEL predicts a CONDITIONING's entry; None for the one that is sampled."""
     expert = extra.get(EXPERT)
     return expert if isinstance(expert, Expert) else None
+
+
+def receiver(conditioning: Conditioning, takes: Callable[[Any], bool]) -> Callable[[dict[str, Any]], bool | None]:
+    """Which entries a picture is for, where further MODELs predict some of them.
+
+    Args:
+        conditioning: All entries.
+        takes: Whether a MODEL has a place for the picture.
+
+    Returns:
+        A function of an entry: True where it is given, False where its MODEL has no place for it, and None where its
+        MODEL is not known and another one has: it may leave it alone.
+    """
+    fits = {id(expert): takes(expert.patcher) for _, extra in conditioning if (expert := expert_of(extra)) is not None}
+    otherwise = None if any(fits.values()) else True
+
+    def given(extra: dict[str, Any]) -> bool | None:
+        expert = expert_of(extra)
+        return otherwise if expert is None else fits[id(expert)]
+
+    return given
 
 
 def our_spec(patcher: Any) -> Flux1Spec | None:

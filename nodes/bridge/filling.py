@@ -19,8 +19,10 @@ from ...flux.editing.masks import SET, as_mask, check_mask, fit_mask, match_batc
 from ...flux.editing.outpaint import Canvas, OutpaintPlan, extend, finish, plan_outpaint, plan_to_aspect
 from ...flux.errors import MismatchError, NumericError, UserError
 from ...flux.preprocess.control import as_rgb, choose, resize
-from .entries import Change, Conditioning, with_part
-from .pictures import IMAGE, MASK, marked, shows_part, with_room
+from .control_lora import takes_hole
+from .entries import Change, Conditioning, check_region, with_part
+from .experts import receiver
+from .pictures import HOLE, IMAGE, MASK, if_taken, marked, shows_part, with_room
 from .preflight import encoded_by
 from .progress import say
 
@@ -199,6 +201,7 @@ def add_hole(
     end: float,
     rounding: str,
     noise_mask: bool,
+    region: Tensor | None = None,
 ) -> tuple[Conditioning, Conditioning, dict[str, Any], Tensor]:
     """Tell a Fill model which part of a picture to paint, under the host's keys.
 
@@ -216,15 +219,17 @@ def add_hole(
         end: Until when.
         rounding: How soft masks are taken, one of ``adapters.channels.ROUNDINGS``.
         noise_mask: Whether the sampler keeps the rest of the latent.
+        region: MASK (1, H, W) of where in the new picture the picture with the hole is seen; None for everywhere.
 
     Returns:
         Both CONDITIONINGs, a LATENT of the picture, and the picture as the model sees it, as an IMAGE.
 
     Raises:
-        UserError: The picture, the mask, the strength or the times are none, or the mask is empty.
+        UserError: The picture, the mask, the strength, the times or the region are none, or the mask is empty.
         MismatchError: The VAE is another family's.
     """
     check_strength(strength)
+    check_region(region, "the picture would be seen nowhere")
     choose(rounding, ROUNDINGS, "rounding of masks")
     picture, hole = _with_hole(as_picture(image), mask)
     hidden, shown = hidden_and_shown(hole, rounding)
@@ -232,19 +237,23 @@ def add_hole(
         say("nothing of the mask is above one half, so that rounding hides nothing: choose soft, or paint it whiter")
     seen = picture * (1 - hidden[..., None]) + GREY * hidden[..., None]
     added = {IMAGE: encode(vae, seen), MASK: shown[:, None]}
-    hidden_whole = _hidden_whole(vae, seen) if (strength, start, end) != ALWAYS else {}
-    replaced = False
+    hidden_whole = _hidden_whole(vae, seen) if (strength, start, end) != ALWAYS or region is not None else {}
+    replaced, given = False, receiver([*positive, *(negative or ())], lambda patcher: takes_hole(patcher.model.spec))
 
     def change(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
         nonlocal replaced
+        if given(extra) is False:
+            return text, extra
         replaced |= shows_part(extra)
-        return text, {**encoded_by(vae, extra), **added}
+        return text, {**encoded_by(vae, extra if given(extra) else if_taken(extra, HOLE)), **added}
 
     def without(text: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
-        return marked(text, extra if extra.get(MASK) is not None else {**encoded_by(vae, extra), **hidden_whole})
+        if given(extra) is False or extra.get(MASK) is not None:
+            return (text, extra) if given(extra) is False else marked(text, extra)
+        return marked(text, {**encoded_by(vae, extra if given(extra) else if_taken(extra, HOLE)), **hidden_whole})
 
     positive, negative = (None if entries is None else with_room(entries) for entries in (positive, negative))
-    both = with_both(positive, negative, change, start=start, end=end, share=strength, without=without)
+    both = with_both(positive, negative, change, start=start, end=end, share=strength, region=region, without=without)
     if replaced:
         say(
             "the prompt carries a picture with a hole already, which this one replaces: take one FLUX Fill out, give "

@@ -26,10 +26,11 @@ from ...flux.specs.flux1 import Flux1Spec
 from ...flux.weights.readers.safetensors import SafetensorsFile
 from .compat import archive_dtypes, is_dynamic, patch, register_reload
 from .conditioning import check_channels, check_widths, sample_and_tell
-from .control_lora import further_channels
+from .control_lora import control_slots, further_channels, takes_hole
 from .experts import EXPERT, Expert, expert_of
 from .norms import host_state
 from .packed import PackedLinear, PackedPatcher, pack_layers, packed_state
+from .pictures import taken_by
 from .preflight import check_together, files_of
 from .references import VIEWS, ReferenceViews, as_bias, views_of
 from .transformer import WRAPPERS, HostFlux1, host_config, sample_with_table
@@ -92,6 +93,7 @@ class FoundryFlux(comfy.model_base.Flux):
             patcher: What this model is sampled as, with its patches.
             entry: The entry's dict, and what the sampler adds.
         """
+        entry = taken_by(entry, hole=takes_hole(self.spec), slots=control_slots(patcher, self.spec))
         check_together(self.given, files_of(entry))
         check_widths(self.spec, entry.get("cross_attn"), entry.get("pooled_output"))
         check_channels(patcher, entry, masked=entry.get("denoise_mask") is not None)

@@ -324,6 +324,55 @@ def test_a_second_model_whose_control_is_over_or_elsewhere_leaves_the_first_alon
     assert_differ(host, prompt, "c", "b")
 
 
+CONTROL_SETTINGS = {
+    "vae": ["load", 2], "image": ["picture", 0], "latent": ["empty", 0], "kind": "image", "low": 50.0, "high": 200.0,
+    "automatic": False, "fit": "stretch", "slot": 1, "strength": 1.0, "start": 0.0, "end": 1.0,
+}  # fmt: skip
+FILL_SETTINGS = {
+    "vae": ["load", 2], "image": ["picture", 0], "mask": ["mask", 0], "strength": 1.0, "start": 0.0, "end": 1.0,
+    "rounding": "soft", "noise_mask": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", [our_sampler, core_sampler])
+@pytest.mark.parametrize(("one", "two"), [("draw", "canny"), ("canny", "draw"), ("fill", "canny"), ("canny", "fill")])
+def test_a_control_behind_a_combination_goes_to_the_model_that_takes_it(
+    host: Host, sampler: object, one: str, two: str
+) -> None:
+    text = {"draw": ["text", 0], "canny": ["text", 0], "fill": ["hole", 0]}
+    prompt = {
+        **with_models(host, draw=MINI, fill=FILL_MINI, canny=CANNY_MINI), **GUIDES,
+        "edged": node("FluxFoundryControl", **CONTROL_SETTINGS, positive=["text", 0]),
+        "first": combine(one, text[one], two, text[two], 0.4),
+        "behind": node("FluxFoundryControl", **CONTROL_SETTINGS, positive=["first", 1]),
+        "before": combine(
+            one, ["edged", 0] if one == "canny" else text[one], two, ["edged", 0] if two == "canny" else text[two], 0.4
+        ),
+        "a": sampled("first", ["behind", 0], sampler), "b": sampled("before", ["before", 1], sampler),
+    }  # fmt: skip
+    assert_same(host, prompt, "a", "b")
+
+
+@pytest.mark.parametrize("sampler", [our_sampler, core_sampler])
+@pytest.mark.parametrize(("one", "two"), [("fill", "canny"), ("canny", "fill"), ("draw", "fill"), ("fill", "draw")])
+def test_a_hole_behind_a_combination_goes_to_the_model_that_takes_it(
+    host: Host, sampler: object, one: str, two: str
+) -> None:
+    text = {"draw": ["text", 0], "canny": ["edges", 0], "fill": ["text", 0]}
+    prompt = {
+        **with_models(host, draw=MINI, fill=FILL_MINI, canny=CANNY_MINI), **GUIDES,
+        "holed": node("FluxFoundryFill", **FILL_SETTINGS, positive=["text", 0]),
+        "first": combine(one, text[one], two, text[two], 0.4),
+        "behind": node("FluxFoundryFill", **FILL_SETTINGS, positive=["first", 1]),
+        "before": combine(
+            one, ["holed", 0] if one == "fill" else text[one], two, ["holed", 0] if two == "fill" else text[two], 0.4
+        ),
+        "a": sampled("first", ["behind", 0], sampler), "b": sampled("before", ["before", 1], sampler),
+    }  # fmt: skip
+    assert_same(host, prompt, "a", "b")
+    assert "takes the picture with a hole for a control picture" not in said(host, prompt, "a")
+
+
 def test_models_of_one_file_with_different_loras_are_combined_too(host: Host) -> None:
     prompt = {
         **with_models(host, draw=MINI), **OTHER_TEXT,

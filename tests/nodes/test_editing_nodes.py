@@ -207,6 +207,20 @@ def test_a_batch_may_have_one_mask_or_one_each(load: Callable[[str], ModuleType]
         run("filling", "Fill", positive=prompt(), vae=Vae(), image=numbers(3, 32, 32, 3), mask=two, **FILL)
 
 
+def test_a_picture_is_seen_in_its_region_and_hidden_elsewhere(run: Callable) -> None:
+    image, region = numbers(1, 32, 32, 3), torch.zeros(1, 32, 32)
+    region[:, :, 16:] = 1
+    mask = disc(32, 32)
+    positive, *_ = run("filling", "Fill", positive=prompt(), vae=Vae(), image=image, mask=mask, **FILL, region=region)
+    for (_, extra), wanted in zip(positive, (region, 1 - region), strict=True):
+        assert torch.equal(extra["mask"], wanted)
+    seen, hidden = (extra for _, extra in positive)
+    assert bool((seen[MASK] < 1).any())
+    assert bool((hidden[MASK] == 1).all())
+    with pytest.raises(load("flux.errors").UserError, match="the picture would be seen nowhere"):
+        run("filling", "Fill", positive=prompt(), vae=Vae(), image=image, mask=mask, **FILL, region=region * 0)
+
+
 def test_only_a_mask_that_looks_inverted_is_hinted_at(run: Callable, said: Callable[[], str]) -> None:
     canvas, mask, _ = run("editing", "Outpaint", image=numbers(1, 32, 32, 3), **{**CANVAS, **dict.fromkeys(SIDES, 32)})
     edged, *_ = run(
@@ -216,9 +230,9 @@ def test_only_a_mask_that_looks_inverted_is_hinted_at(run: Callable, said: Calla
         run("filling", "Fill", positive=prompt(), vae=Vae(), image=outpainted, mask=mask, **FILL)
         assert "invert" not in said()
     run("filling", "Fill", positive=prompt(), vae=Vae(), image=canvas, mask=1 - disc(96, 96), **FILL)
-    assert "keeps only what is in the middle" in said()
+    assert "nearly all around what it keeps" in said()
     run("filling", "Fill", positive=prompt(), vae=Vae(), image=numbers(1, 96, 96, 3), mask=mask, **FILL)
-    assert "keeps only what is in the middle" in said()
+    assert "nearly all around what it keeps" in said()
 
 
 def test_a_full_mask_and_one_of_another_size_are_told_of(run: Callable, said: Callable[[], str]) -> None:

@@ -43,7 +43,10 @@ CONTRACT = {
         ["Image", "Mask", "FLUXFOUNDRY_CROP"],
     ),
     "FluxFoundryFill": (
-        ["positive", "vae", "image", "mask", "strength", "start", "end", "rounding", "noise_mask", "negative"],
+        [
+            "positive", "vae", "image", "mask", "strength", "start", "end", "rounding", "noise_mask", "negative",
+            "region",
+        ],
         ["Conditioning", "Conditioning", "Latent"],
     ),
     "FluxFoundryControl": (

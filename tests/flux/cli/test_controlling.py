@@ -160,6 +160,8 @@ def test_a_region_that_is_black_everywhere_is_refused(guide, picture, mask, tmp_
         ("canny", ("--type", "pose"), "invalid choice: 'pose'"),
         ("depth", ("--type", "depth", "--low", "5"), "--low is of --type canny, not of depth"),
         ("canny", ("--type", "canny", "--invert"), "--invert is of --type depth, not of canny"),
+        ("canny", ("--type", "canny", "--depth-scale", "bfl"), "--depth-scale is of --type depth, not of canny"),
+        ("depth", ("--type", "depth", "--depth-scale", "bfl"), "--depth-scale is of what --depth-model finds"),
         ("canny", ("--type", "canny", "--ready", "--auto"), "--ready says that IMAGE is edges already"),
         ("canny", ("--type", "canny", "--auto", "--high", "5"), "--auto chooses both thresholds"),
         ("canny", ("--type", "canny", "--low", "300"), "the low threshold (300) is above the high one (200)"),

@@ -101,6 +101,7 @@ def test_a_model_that_was_not_trained_to_edit_is_told_of(edit, picture):
         (("--strength", "1,1"), "--strength has 2 numbers for 1 picture; give one for all"),
         (("--strength", "-1"), "the strength is -1"),
         (("--budget", "0"), "the budget is 0 megapixels"),
+        (("--budget", "1", "--fit", "kontext"), "--fit kontext has sizes of its own"),
         (("--budget", "nan"), "the budget is nan megapixels"),
         (("--budget", "0.0001"), "a budget of 100 pixels does not hold one token"),
         (("--reference", "none.png"), "none.png was not found"),

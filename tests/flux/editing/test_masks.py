@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from flux.editing.masks import (
     prepare_mask,
 )
 from flux.errors import UserError
+from flux.mini.examples import fill_example
 
 
 def blob(height=40, width=50, top=10, left=12, bottom=25, right=30):
@@ -272,6 +274,26 @@ def test_a_mask_that_keeps_only_the_middle_is_hinted_to_be_inverted():
     (sentence,) = warnings_of(1 - blob())
     assert "invert the mask" in sentence
     assert "87%" in sentence
+
+
+@pytest.mark.parametrize(
+    "meant",
+    [blob(top=8, left=26, bottom=24, right=50), blob(top=20, left=15, bottom=40, right=30),
+     blob(top=0, left=0, bottom=20, right=20)],
+    ids=["at a side", "on the ground", "in a corner"],
+)  # fmt: skip
+def test_so_is_one_that_keeps_a_thing_at_the_border(meant):
+    (sentence,) = warnings_of(1 - meant)
+    assert "invert the mask" in sentence
+    assert warnings_of(meant) == []
+
+
+def test_masks_of_objects_are_told_from_inverted_ones():
+    rng = random.Random(3)
+    examples = [fill_example(rng, (128, 128), mode="object") for _ in range(150)]
+    masks = [torch.from_numpy(example.mask)[None] for example in examples if example.item is not None][:100]
+    assert sum(bool(warnings_of(1 - mask)) for mask in masks) >= 90
+    assert sum(bool(warnings_of(mask)) for mask in masks) <= 2
 
 
 @pytest.mark.parametrize(

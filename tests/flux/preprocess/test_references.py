@@ -135,10 +135,10 @@ def test_kontexts_own_way_is_pillows_lanczos_to_the_recommended_size_and_says_th
     off = (fitted.picture[0] * 255 - wanted).abs()
     assert off.max() < 1.5  # Pillow rounds to levels twice
     assert (fitted.size.padded_height, fitted.size.padded_width) == (height, width)
-    assert said == []
+    assert said == [f"the reference (270x200) is resized to {width}x{height}"]
     fit_reference(grid_picture(100, 400), "kontext", warn=said.append)
-    assert len(said) == 1
-    assert "(400x100) is stretched to 1568x672" in said[0]
+    assert "(400x100) is stretched to 1568x672" in said[-1]
+    assert len(said) == 2
 
 
 def test_an_output_gets_a_references_size_by_the_padded_size_and_a_cut():
@@ -169,3 +169,20 @@ def test_transparent_references_are_shown_on_white():
 def test_what_cannot_be_fitted_is_refused_in_a_sentence(call, words):
     with pytest.raises(UserError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((128, 128), (128, 128)), ((64, 200), (80, 192)), ((300, 100), (192, 80))]
+)
+def test_kontexts_sizes_are_in_proportion_to_what_a_model_was_trained_on(size, wanted):
+    assert kontext_size(*size, native_side=128) == wanted
+    said = []
+    fitted = fit_reference(torch.rand(1, size[1], size[0], 3), "kontext", warn=said.append, native_side=128)
+    assert fitted.picture.shape[1:3] == wanted[::-1]
+    assert bool(said) == (size != wanted)
+
+
+def test_a_reference_that_is_only_resized_is_said_too():
+    said = []
+    fit_reference(torch.rand(1, 512, 512, 3), "kontext", warn=said.append)
+    assert said == ["the reference (512x512) is resized to 1024x1024"]
