@@ -207,7 +207,7 @@ def test_a_batch_may_have_one_mask_or_one_each(load: Callable[[str], ModuleType]
         run("filling", "Fill", positive=prompt(), vae=Vae(), image=numbers(3, 32, 32, 3), mask=two, **FILL)
 
 
-def test_a_picture_is_seen_in_its_region_and_hidden_elsewhere(run: Callable) -> None:
+def test_a_picture_is_seen_in_its_region_and_hidden_elsewhere(run: Callable, load: Callable) -> None:
     image, region = numbers(1, 32, 32, 3), torch.zeros(1, 32, 32)
     region[:, :, 16:] = 1
     mask = disc(32, 32)

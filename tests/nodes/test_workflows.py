@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.json"))
 FOLDERS = {"diffusion_models", "text_encoders", "vae", "loras", "style_models", "clip_vision"}
 LOADERS = {
     "FluxFoundryLoadModel", "FluxFoundryLoadTextEncoders", "FluxFoundryLoadAutoencoder", "FluxFoundryLoadRedux",
@@ -49,6 +50,20 @@ def test_a_note_explains_the_graph(path: Path) -> None:
     assert len(notes) == 1
     assert notes[0].startswith("## ")
     assert path.with_suffix(".jpg").read_bytes().startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("name", ["redux", "redux-two-images", "redux-masked", "production-chain"])
+def test_a_note_tells_of_every_size_that_is_the_embedded_models(name: str) -> None:
+    """In the others what is drawn on comes with the picture."""
+    path = FOLDER / f"{name}.json"
+    [note] = [n["widgets_values"][0] for n in nodes_of(path) if n["type"] == "MarkdownNote"]
+    assert "1:1 in" in note
+    assert "FLUX Empty Latent" in note
+
+
+@pytest.mark.parametrize("name", ["redux-two-images", "kontext-two-references"])
+def test_two_pictures_of_the_users_have_a_node_each(name: str) -> None:
+    assert sum(node["type"] == "LoadImage" for node in nodes_of(FOLDER / f"{name}.json")) == 2
 
 
 def real_loaders(path: Path) -> list[dict[str, Any]]:
