@@ -97,3 +97,4 @@ def test_the_kept_table_has_every_model_and_keeps_every_bar():
         assert {what: rate for what, rate in rates.items() if rate < guided.BARS.get(what, 0.0)} == {}, model
     assert {what for rates in found.values() for what in rates} >= set(guided.BARS)
     assert "It falls with every step." in text
+    assert f"Weights: {guided.weights_mark()}." in text, "measure again: python -m benchmarks --write"
