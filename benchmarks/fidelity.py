@@ -16,7 +16,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -107,7 +107,7 @@ def run(model: FluxModel, path: Path, keep: str, prompts: EncodedPrompt, start: 
         weights={name: own.numbers(torch.float32) for name, own in weights.items()},
         latents=latents,
         velocity=found,
-        pictures=decode(replace(model, transformer=part), latents),
+        pictures=decode(model.autoencoder, latents),
     )
 
 

@@ -111,7 +111,9 @@ def draw_group(
     together = EncodedPrompt(torch.cat([e.tokens for e in encoded]), torch.cat([e.pooled for e in encoded]))
     noise = draw_noise((spec.latent_channels, height // CELL, width // CELL), [seed + i for i in range(len(prompts))])
     sigmas = plan_sigmas(spec, Settings(prompt=""), (width // TOKEN) * (height // TOKEN))
-    return decode(model, denoise(model.transformer, together, noise, sigmas, guidance=spec.guidance, guided=guided))
+    return decode(
+        model.autoencoder, denoise(model.transformer, together, noise, sigmas, guidance=spec.guidance, guided=guided)
+    )
 
 
 def table(count: int, names: list[str] | None = None) -> str:

@@ -179,6 +179,7 @@ def add_plan(commands: Commands) -> None:
         "--memory", type=float, metavar="GIB", help="free memory to plan for (default: what is free on the device)"
     )
     parser.add_argument("--json", action="store_true", help="JSON in place of a table")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw it, as a .png")
 
 
 def add_demo(commands: Commands) -> None:

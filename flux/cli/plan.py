@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..images import write_whole
 from ..memory.available import available_bytes
 from ..memory.plan import RunPlan, StagePlan
 from ..memory.policy import GIB, read_policy
@@ -20,6 +21,7 @@ from ..ops.dtypes import compute_dtype
 from ..pipelines.describe import human_bytes
 from ..pipelines.modules import build_of, parameter_shapes
 from ..pipelines.parts import bind_part
+from ..pipelines.plan_picture import draw_plan, spelled
 from ..pipelines.planning import Job, Planned, plan_run, planned_of_file, planned_of_spec
 from ..pipelines.text_to_image import check_side, round_size
 from ..specs.autoencoder import AUTOENCODERS
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or JSON; returns the exit code."""
     policy = read_policy(arguments.policy)
     device, is_here = _device(arguments.device)
-    available = _available(arguments.memory, device, is_here)
+    available = _free(arguments.memory, device, is_here)
     parts = list(_parts(arguments.models, device, DTYPES[arguments.dtype], available))
     transformer = next(part for part in parts if isinstance(part.spec, Flux1Spec))
     rates = measure_rates(device, transformer.dtype) if is_here else None
@@ -50,6 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         parts, _job(arguments, transformer.spec), policy, device=str(device), available=available, rates=rates
     )
     say(json.dumps(plan.as_json(), indent=2) if arguments.json else _as_text(plan))
+    if arguments.picture is not None:
+        picture = draw_plan(plan)
+        write_whole(arguments.picture, lambda file: picture.save(file, "PNG"))
     return 0
 
 
@@ -64,7 +69,7 @@ def _device(name: str) -> tuple[torch.device, bool]:
         return torch.device(kind), False
 
 
-def _available(gib: float | None, device: torch.device, is_here: bool) -> int:
+def _free(gib: float | None, device: torch.device, is_here: bool) -> int:
     if gib is not None:
         if not gib > 0:
             raise UserError(f"memory is {gib:g}; give the free memory in GiB, such as 12")
@@ -153,8 +158,8 @@ def _as_text(plan: RunPlan) -> str:
         (
             *table(HEAD, rows),
             "",
-            f"The peak is {gib(plan.peak_bytes)}, {largest.name} ({largest.title}), of {gib(plan.available)} free on "
-            f"{plan.device}; policy {plan.policy}.",
+            f"The peak is {spelled(plan.peak_bytes)}, {largest.name} ({largest.title}), of {spelled(plan.available)} "
+            f"free on {plan.device}; policy {plan.policy}.",
             *_streaming(plan),
             *_too_much(plan),
         )
@@ -166,10 +171,10 @@ def _row(stage: StagePlan, plan: RunPlan) -> tuple[str, ...]:
         stage.name,
         stage.title,
         human_bytes(stage.weights),
-        gib(stage.resident_bytes + stage.ring_bytes),
-        gib(stage.streamed_bytes) if stage.streamed_bytes else "-",
-        gib(stage.activations + stage.workspace),
-        gib(stage.peak_bytes),
+        spelled(stage.resident_bytes + stage.ring_bytes),
+        spelled(stage.streamed_bytes) if stage.streamed_bytes else "-",
+        spelled(stage.activations + stage.workspace),
+        spelled(stage.peak_bytes),
         "-" if plan.rates is None else f"{stage.seconds(plan.rates):.1f} s",
     )
 
@@ -180,17 +185,14 @@ def _streaming(plan: RunPlan) -> Iterator[str]:
         if blocks.streamed:
             yield (
                 f"{stage.title}: {len(blocks.streamed)} of {len(blocks.kept)} blocks are streamed, "
-                f"{gib(stage.streamed_bytes)} each pass, through {gib(stage.ring_bytes)}."
+                f"{spelled(stage.streamed_bytes)} each pass, through {spelled(stage.ring_bytes)}."
             )
+        if stage.in_strips:
+            yield f"{stage.title}: {'encodes' if stage.name == 'encode' else 'decodes'} in strips of rows."
         if stage.once:
-            yield f"{stage.title}: {gib(stage.once)} of modulation weights come once and do not stay."
+            yield f"{stage.title}: {spelled(stage.once)} of modulation weights come once and do not stay."
 
 
 def _too_much(plan: RunPlan) -> Iterator[str]:
     if plan.peak_bytes > plan.available:
         yield "That is more than is free: choose policy auto or save, a smaller picture, or a smaller format."
-
-
-def gib(size: int) -> str:
-    """Bytes in GiB, or in MiB where they are few."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.1f} MiB"

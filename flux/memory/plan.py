@@ -39,6 +39,7 @@ class StagePlan:
         passes: How often its blocks run.
         operations: Of one pass.
         limit: Bytes that its weights may take; None for as many as there are.
+        in_strips: Whether an autoencoder runs in strips of rows, which takes longer and less.
     """
 
     name: str
@@ -51,6 +52,7 @@ class StagePlan:
     passes: int = 1
     operations: float = 0.0
     limit: int | None = None
+    in_strips: bool = False
 
     @property
     def resident_bytes(self) -> int:
@@ -92,6 +94,7 @@ class StagePlan:
             "peak_bytes": self.peak_bytes,
             "blocks": len(streamed.kept),
             "blocks_streamed": list(streamed.streamed),
+            "in_strips": self.in_strips,
             "passes": self.passes,
             "operations": self.operations,
             **({} if rates is None else {"seconds": self.seconds(rates)}),

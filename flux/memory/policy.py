@@ -24,6 +24,7 @@ __all__ = [
 GIB = 1 << 30
 AUTO, KEEP, BALANCE, SAVE, BUDGET = "auto", "keep", "balance", "save", "budget"
 POLICIES = (AUTO, KEEP, BALANCE, SAVE)
+BALANCED = GIB  # that "balance" grants an autoencoder in one piece
 RESERVE = GIB // 2  # of free memory, that "auto" leaves to others and to what cannot be foreseen
 
 
@@ -77,6 +78,22 @@ def read_policy(text: str) -> Policy:
             f"there is no memory policy {text!r}; give one of {', '.join(POLICIES)}, or a budget in GiB such as 6"
         )
     return Policy(BUDGET, int(gib * GIB))
+
+
+def needs_strips(policy: Policy, needs: Needs, available: int) -> bool:
+    """Whether what a stage takes in one piece is too much, so that it is to be done in strips.
+
+    Args:
+        policy: What the user grants.
+        needs: What the stage can do with in one piece.
+        available: Bytes free on the device.
+    """
+    whole = needs.whole + needs.working
+    if policy.budget is not None:
+        return whole > policy.budget
+    if policy.name == AUTO:
+        return whole > available - RESERVE
+    return policy.name == SAVE or (policy.name == BALANCE and whole > BALANCED)
 
 
 def weights_limit(policy: Policy, needs: Needs, available: int) -> int | None:

@@ -40,7 +40,11 @@ class Autoencoder(nn.Module):
 
     def encode_sample(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """As ``encode``, but a sample of the posterior, drawn on the CPU in fp32."""
-        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)
+        return self.sample_of(self.encoder(pixels), generator)
+
+    def sample_of(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents drawn from the posterior with these means and log-variances (B, 2C, h, w)."""
+        mean, log_variance = moments.chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         return self.to_model(mean + (log_variance.clamp(*LOG_VARIANCES) / 2).exp() * noise)
 

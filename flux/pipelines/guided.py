@@ -26,6 +26,7 @@ from ..specs.flux1 import Flux1Spec
 from .denoiser import Guidance
 from .given import check_guide, check_guide_sizes, check_region, check_unit, tell_of_region
 from .parts import Part
+from .strips import StripedPart
 
 __all__ = [
     "POSTERIORS", "ROUNDINGS", "AnyInput", "ControlInput", "FillInput", "Input", "ReferenceInput", "check_inputs",
@@ -33,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 Warn = Callable[[str], None]
-Encoder = Part[AutoencoderSpec, Autoencoder]
+Encoder = Part[AutoencoderSpec, Autoencoder] | StripedPart
 
 POSTERIORS = ("mean", "sample")
 

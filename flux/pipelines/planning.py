@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..adapters.channels import CELL
 from ..memory.accounts import Accounts, Size
 from ..memory.available import available_bytes
 from ..memory.plan import Rates, RunPlan, StagePlan
-from ..memory.policy import AUTO, KEEP, Needs, Policy, weights_limit
+from ..memory.policy import AUTO, KEEP, Needs, Policy, needs_strips, weights_limit
 from ..memory.tracing import Traced, trace
 from ..models.flux1 import Conditions, Flux1
 from ..models.positions import image_ids, reference_ids, text_ids
@@ -31,8 +31,9 @@ from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
 from .modules import block_names, build_of, parameter_shapes
 from .parts import BoundPart, Part, packs_on
+from .strips import Striped
 
-__all__ = ["Job", "Planned", "grant", "plan_run", "planned_of_file", "planned_of_part", "planned_of_spec"]
+__all__ = ["Grant", "Job", "Planned", "grant", "plan_run", "planned_of_file", "planned_of_part", "planned_of_spec"]
 
 STAGES = ("clip", "t5", "vision", "encode", "transformer", "decode")
 ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages of parts that run in one
@@ -121,8 +122,21 @@ def planned_of_part(part: Part[Any, Any]) -> Planned:
     return Planned(part.spec, part.residency.accounts, part.dtype)
 
 
-def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> dict[str, int | None]:
-    """Bytes that the weights of every stage may take; None for as many as there are, as for stages that are not named.
+@dataclass(frozen=True)
+class Grant:
+    """What the stages of a run may take.
+
+    Attributes:
+        limits: Bytes of weights by stage; None for as many as there are, as for stages that are not named.
+        in_strips: The stages in which the autoencoder runs in strips.
+    """
+
+    limits: Mapping[str, int | None] = field(default_factory=dict)
+    in_strips: frozenset[str] = frozenset()
+
+
+def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> Grant:
+    """What a policy grants the stages of a run.
 
     Args:
         parts: On one device.
@@ -135,10 +149,13 @@ def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> dict[str
     device = parts[0].device
     available = available_bytes(device)
     if policy.name == KEEP or (policy.name == AUTO and _is_plenty(parts, available)):
-        return {}
+        return Grant()
     planned = [planned_of_part(part) for part in parts]
     plan = plan_run(planned, job, policy, device=str(device), available=available)
-    return {stage.name: stage.limit for stage in plan.stages}
+    return Grant(
+        {stage.name: stage.limit for stage in plan.stages},
+        frozenset(stage.name for stage in plan.stages if stage.in_strips),
+    )
 
 
 def _is_plenty(parts: Sequence[Part[Any, Any]], available: int) -> bool:
@@ -195,6 +212,10 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     packed = max(once, accounts.unpacked_bytes(accounts.packable))
     streamed = accounts.unpacked_bytes(name for block in accounts.blocks for name in accounts.names_in(block, apart))
     needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed))
+    in_strips = isinstance(part.spec, AutoencoderSpec) and needs_strips(policy, needs, available)
+    if in_strips:
+        found = _work(part.spec, name, part.dtype, job, in_strips=True)
+        needs = replace(needs, working=found.peak)
     limit = weights_limit(policy, needs, available)
     footprint = accounts.footprint(apart, limit)
     return StagePlan(
@@ -208,6 +229,7 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
         passes=_passes(name, job),
         operations=found.operations,
         limit=limit,
+        in_strips=in_strips,
     )
 
 
@@ -239,10 +261,11 @@ def _module(spec: Any, dtype: torch.dtype) -> Any:
 
 
 @functools.lru_cache(256)
-def _work(spec: Any, stage: str, dtype: torch.dtype, job: Job) -> Traced:
+def _work(spec: Any, stage: str, dtype: torch.dtype, job: Job, *, in_strips: bool = False) -> Traced:
     """What one pass of a stage makes."""
     module = _module(spec, dtype)
-    return trace(module, functools.partial(WORK[type(spec)], module, spec, stage, dtype, job))
+    runs = Striped(module) if in_strips else module
+    return trace(module, functools.partial(WORK[type(spec)], runs, spec, stage, dtype, job))
 
 
 def _run_transformer(module: Flux1, spec: Flux1Spec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Tensor]:

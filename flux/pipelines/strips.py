@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H and W rows and columns of the map at hand.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -18,8 +19,10 @@ from torch.nn import functional as F
 
 from ..models.autoencoder import AttentionBlock, Autoencoder, Decoder, Downsample, Encoder, Middle, ResBlock, Upsample
 from ..ops.attention import attention
+from ..specs.autoencoder import AutoencoderSpec
+from .parts import Part
 
-__all__ = ["decode_in_strips", "encode_in_strips"]
+__all__ = ["Striped", "StripedPart", "decode_in_strips", "moments_in_strips"]
 
 STRIP_BYTES = 16 << 20  # of a map, about which a strip is high
 ITEM = 4  # bytes of a number, in which norms compute
@@ -248,8 +251,8 @@ def decode_in_strips(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     return _made(Convolved(Normed(x, decoder.norm_out), decoder.conv_out)).tensor
 
 
-def encode_in_strips(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    """``Autoencoder.encode``: pictures (B, 3, H, W) in -1..1 to scaled latents, the posterior's mean (B, C, h, w)."""
+def moments_in_strips(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
+    """The encoder: pictures (B, 3, H, W) in -1..1 to means and log-variances (B, 2C, h, w)."""
     encoder: Encoder = autoencoder.encoder
     x: Map = Convolved(Whole(pixels), encoder.conv_in)
     for level in encoder.down:
@@ -258,5 +261,37 @@ def encode_in_strips(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
         if isinstance(level.downsample, Downsample):
             x = Halved(x, level.downsample)
     x = _middle(x, encoder.mid)
-    moments = _made(Convolved(Normed(x, encoder.norm_out), encoder.conv_out)).tensor
-    return autoencoder.to_model(moments.chunk(2, dim=1)[0])
+    return _made(Convolved(Normed(x, encoder.norm_out), encoder.conv_out)).tensor
+
+
+class Striped:
+    """An autoencoder whose every use is in strips."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self._autoencoder = autoencoder
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See ``Autoencoder``."""
+        return self._autoencoder.to_model(moments_in_strips(self._autoencoder, pixels).chunk(2, dim=1)[0])
+
+    def encode_sample(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See ``Autoencoder``."""
+        return self._autoencoder.sample_of(moments_in_strips(self._autoencoder, pixels), generator)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See ``Autoencoder``."""
+        return decode_in_strips(self._autoencoder, latents)
+
+
+class StripedPart:
+    """An autoencoder's part that lends it for use in strips."""
+
+    def __init__(self, part: Part[AutoencoderSpec, Autoencoder]) -> None:
+        self.spec, self.path, self.device, self.dtype = part.spec, part.path, part.device, part.dtype
+        self._part = part
+
+    @contextmanager
+    def resident(self) -> Iterator[Striped]:
+        """Have the weights in memory inside the block."""
+        with self._part.resident() as autoencoder:
+            yield Striped(autoencoder)

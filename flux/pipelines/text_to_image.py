@@ -39,6 +39,7 @@ from .guided import (
 from .parts import Part, check_beside
 from .planning import Job, grant
 from .prompts import EncodedPrompt, TextEncoders
+from .strips import StripedPart
 
 __all__ = [
     "NOISES",
@@ -158,23 +159,26 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     spec = model.transformer.spec
     # 1. Settle every setting.
     plan = _plan(model, request, hooks)
-    limits = grant((model.transformer, model.text.clip, model.text.t5), _job(request, plan), request.memory)
+    parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
+    granted = grant(parts, _job(request, plan), request.memory)
+    encoder = StripedPart(model.autoencoder) if "encode" in granted.in_strips else model.autoencoder
+    decoder = StripedPart(model.autoencoder) if "decode" in granted.in_strips else model.autoencoder
     # 2. Text.
     with _stage(hooks, "text"):
-        positive, negative = _encode_prompts(model, request, plan, hooks, limits)
+        positive, negative = _encode_prompts(model, request, plan, hooks, granted.limits)
     # 3. The picture to start from, and those that guide.
     cells = (plan.height // model.autoencoder.spec.downscale, plan.width // model.autoencoder.spec.downscale)
     start = None
     if request.image is not None:
         with _stage(hooks, "encoding"):
-            start = encode_picture(model.autoencoder, resized(request.image, (plan.height, plan.width)))
+            start = encode_picture(encoder, resized(request.image, (plan.height, plan.width)))
     mask = None if request.mask is None else _latent_mask(request.mask, cells)
     guided = None
     if request.inputs:
         with _stage(hooks, "encoding"):
             size = (plan.height, plan.width)
             guided = guidance_of(
-                request.inputs, model.autoencoder, size,
+                request.inputs, encoder, size,
                 layout=request.layout, norms_by_strength=request.norms_by_strength,
             )  # fmt: skip
     with ExitStack() as held:
@@ -184,7 +188,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             ready = prepared(
                 model.transformer, positive, plan.sigmas,
                 guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
-                guided=guided, limit=limits.get("transformer"),
+                guided=guided, limit=granted.limits.get("transformer"),
             )  # fmt: skip
             velocity = held.enter_context(ready)
         # 5. Each picture: noise, steps, pixels.
@@ -202,7 +206,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             if index == len(plan.seeds) - 1:
                 held.close()  # the last decoding has the memory for itself
             with _stage(hooks, "decoding"):
-                pixels = decode(model, result)[0]
+                pixels = decode(decoder, result)[0]
             yield Picture(pixels, seed, _settings(model, request, plan, seed))
 
 
@@ -301,13 +305,16 @@ def _finite(*tensors: Tensor) -> bool:
 
 
 @torch.inference_mode()
-def decode(model: FluxModel, latents: Tensor) -> Tensor:
+def decode(part: Part[AutoencoderSpec, Autoencoder] | StripedPart, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) in the transformer's space to bytes (B, H, W, 3).
+
+    Args:
+        part: The autoencoder.
+        latents: Any number of them.
 
     Raises:
         NumericError: The result was not finite.
     """
-    part = model.autoencoder
     with part.resident() as autoencoder:
         pixels = autoencoder.decode(latents.to(part.device, part.dtype)).float().cpu()
     if not _finite(pixels):

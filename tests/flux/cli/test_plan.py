@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 from flux.memory.policy import GIB
 from flux.mini import files
 from flux.pipelines.modules import parameter_shapes
+from flux.pipelines.plan_picture import WIDTH
 from flux.specs.flux1 import FLUX1
 from tests.tiny import write_header_only
 
@@ -81,6 +83,18 @@ def test_the_table_says_where_the_peak_is_and_what_is_streamed(flux):
 def test_a_time_is_told_on_the_machines_own_device(flux):
     assert all(stage["seconds"] > 0 for stage in planned(flux, "mini", "--device", "cpu")["stages"].values())
     assert all("seconds" not in stage for stage in planned(flux, "mini", *GPU)["stages"].values())
+
+
+def test_the_plan_is_drawn(flux, tmp_path):
+    said = flux("plan", "flux1-dev", *GPU, "--picture", tmp_path / "plan.png")
+    assert said.code == 0
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert (picture.format, picture.width) == ("PNG", WIDTH)
+
+
+def test_pictures_in_strips_are_said(flux):
+    said = flux("plan", "flux1-dev", *GPU, "--policy", "save")
+    assert "flux1-ae: decodes in strips of rows." in said.out
 
 
 def test_too_little_memory_is_said(flux):

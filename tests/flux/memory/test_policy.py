@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flux.errors import UserError
-from flux.memory.policy import GIB, POLICIES, RESERVE, Needs, Policy, read_policy, weights_limit
+from flux.memory.policy import GIB, POLICIES, RESERVE, Needs, Policy, needs_strips, read_policy, weights_limit
 
 NEEDS = Needs(whole=16 * GIB, least=1 * GIB, working=2 * GIB)
 
@@ -48,3 +48,18 @@ def test_what_is_left_for_weights(policy, available, limit):
 def test_a_budget_below_the_least_says_what_the_least_is():
     with pytest.raises(UserError, match=r"a budget of 2\.5 GiB is below the least that this takes, 3 GiB; raise it"):
         weights_limit(read_policy("2.5"), NEEDS, 80 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("policy", "available", "strips"),
+    [
+        ("keep", 0, False), ("save", 80 * GIB, True), ("auto", 18 * GIB + RESERVE, False),
+        ("auto", 18 * GIB + RESERVE - 1, True), ("balance", 80 * GIB, True), ("18", 0, False), ("17.9", 0, True),
+    ],
+)  # fmt: skip
+def test_what_is_too_much_in_one_piece_is_done_in_strips(policy, available, strips):
+    assert needs_strips(read_policy(policy), NEEDS, available) == strips
+
+
+def test_balance_leaves_small_pictures_in_one_piece():
+    assert not needs_strips(Policy("balance"), Needs(GIB // 4, GIB // 4, GIB // 4), 0)

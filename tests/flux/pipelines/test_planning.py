@@ -114,3 +114,12 @@ def test_a_plan_is_plain_values(parts):
     assert list(facts["stages"]) == ["clip", "t5", "transformer", "decode"]
     assert facts["stages"]["transformer"]["streamed_bytes"] > 0
     assert facts["peak_bytes"] == max(stage["peak_bytes"] for stage in facts["stages"].values())
+
+
+def test_pictures_are_decoded_in_strips_where_one_piece_is_too_much(parts):
+    large = replace(SQUARE, width=2048, height=2048)
+    whole, striped = (plan(parts, policy, large).stage("decode") for policy in ("keep", "3"))
+    assert (whole.in_strips, striped.in_strips) == (False, True)
+    assert striped.peak_bytes <= 2.5 * GIB < 3 * GIB < whole.peak_bytes
+    assert not plan(parts, "3").stage("decode").in_strips
+    assert plan(parts, "3").stage("transformer").peak_bytes <= 3 * GIB

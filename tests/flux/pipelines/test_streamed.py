@@ -144,8 +144,18 @@ def test_pictures_are_the_same_under_every_policy(policy):
     for memory in (Policy(), read_policy(policy)):
         request = Request(prompt="a red circle", steps=3, seed=5, memory=memory)
         [picture] = generate(files.open_mini(), request)
-        pictures.append(picture.pixels)
-    assert torch.equal(*pictures)
+        pictures.append(picture.pixels.int())
+    assert int((pictures[0] - pictures[1]).abs().max()) <= 1  # in strips the last bit of a norm's statistics differs
+
+
+def test_a_picture_that_is_encoded_and_decoded_in_strips_is_the_same():
+    pictures = []
+    for policy in ("keep", "save"):
+        image = rows(1, 3, 64, 96, seed=8).clamp(0, 1)
+        request = Request(prompt="a red circle", steps=4, denoise=0.5, image=image, memory=Policy(policy))
+        [picture] = generate(files.open_mini(), request)
+        pictures.append(picture.pixels.int())
+    assert int((pictures[0] - pictures[1]).abs().max()) <= 1  # the last bit of a norm's statistics
 
 
 def test_a_policy_streams_text_encoders_and_transformer(monkeypatch):

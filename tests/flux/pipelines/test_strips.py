@@ -14,7 +14,7 @@ from flux.models.autoencoder import Autoencoder
 from flux.ops.layers import on_meta
 from flux.pipelines import strips
 from flux.pipelines.parts import open_autoencoder
-from flux.pipelines.strips import decode_in_strips, encode_in_strips
+from flux.pipelines.strips import Striped, decode_in_strips
 from flux.specs.autoencoder import AUTOENCODERS
 from tests.oracles import rows
 
@@ -50,7 +50,9 @@ def test_pictures_of_the_embedded_autoencoder_are_the_same(embedded, batch, heig
     latents = rows(batch, 16, height // 2, width // 2, seed=height)
     assert decibels(decode_in_strips(embedded, latents), embedded.decode(latents)) > 100
     pixels = rows(batch, 3, 4 * height, 4 * width, seed=width).clamp(-1, 1)
-    assert decibels(encode_in_strips(embedded, pixels), embedded.encode(pixels)) > 100
+    assert decibels(Striped(embedded).encode(pixels), embedded.encode(pixels)) > 100
+    samples = (own.encode_sample(pixels, torch.Generator().manual_seed(1)) for own in (Striped(embedded), embedded))
+    assert decibels(*samples) > 100
 
 
 @torch.inference_mode()
@@ -103,6 +105,6 @@ def test_2048_pixels_square_need_two_and_a_half_gib():
 def test_so_does_encoding():
     def striped(autoencoder, dtype):
         pixels = torch.empty(1, 3, 2048, 2048, dtype=dtype)
-        return lambda: encode_in_strips(autoencoder, pixels)
+        return lambda: Striped(autoencoder).encode(pixels)
 
     assert peak(striped) <= 2.4 * GIB

@@ -110,7 +110,9 @@ def test_the_noise_is_drawn_in_the_style_that_was_asked_for(files, style, dtype)
     start = torch.randn(1, spec.latent_channels, CELLS, CELLS, generator=generator, dtype=as_told).float()
     prompt = own.text.encode("a red circle", length=spec.t5_length)
     sigmas = plan_sigmas(spec, asked(), (SIDE // 16) ** 2)
-    assert torch.equal(drawn, decode(own, denoise(own.transformer, prompt, start, sigmas, guidance=spec.guidance))[0])
+    assert torch.equal(
+        drawn, decode(own.autoencoder, denoise(own.transformer, prompt, start, sigmas, guidance=spec.guidance))[0]
+    )
 
 
 def test_pictures_come_one_by_one(model):
