@@ -25,6 +25,7 @@ STACK = (  # what a bar is made of, from the left: attribute, legend, colour
 WIDTH, MARGIN, LABEL, AMOUNT = 960, 20, 190, 96  # pixels
 BAR, GAP, TOP, SCALE, LEGEND = 30, 20, 60, 34, 34
 SIZE, SMALL = 15, 13  # of letters
+ASIDE = 6  # of a bar or the line, where an amount stands
 HEADROOM = 1.06  # of the scale beyond the longest bar
 TICKS = (1, 2, 5)  # and their tenfolds, in GiB or MiB
 MOST_TICKS = 8
@@ -83,7 +84,10 @@ def _bar(pen: Pen, ruler: _Ruler, stage: StagePlan, y: int, line: int) -> None:
         size = getattr(stage, attribute)
         pen.rectangle((ruler.at(start), y, max(ruler.at(start), ruler.at(start + size) - 1), y + BAR), colour)
         start += size
-    _text(pen, (ruler.at(start) + 6, y + BAR // 2), spelled(start), SIZE, OVER if start > line else INK, "lm")
+    x, words = ruler.at(start) + ASIDE, spelled(start)
+    if start <= line <= ruler.most and x + pen.textlength(words, font=_font(SIZE)) > ruler.at(line) - ASIDE:
+        x = ruler.at(line) + ASIDE
+    _text(pen, (x, y + BAR // 2), words, SIZE, OVER if start > line else INK, "lm")
     if stage.streamed_bytes:
         streamed = f"{len(stage.footprint.blocks.streamed)} of {len(stage.footprint.blocks.kept)} blocks are streamed, "
         _text(pen, (ruler.at(0), y + BAR + 3), f"{streamed}{spelled(stage.streamed_bytes)} a pass", SMALL, FAINT)
