@@ -16,7 +16,7 @@ TOLERANCE = 2e-6  # of the largest output; two ways of summing some hundreds of 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The inputs' shapes that oneDNN was given."""
-    real, seen = module._one_dnn, []
+    real, seen = module._find_one_dnn(""), []
 
     def recorded(x: torch.Tensor, *rest: object) -> torch.Tensor:
         seen.append(x.shape)
@@ -30,7 +30,24 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
 def test_torch_still_has_the_function():
-    assert module._one_dnn is not None
+    assert module._find_one_dnn("AuthenticAMD") is not None
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch was built without MKL")
+def test_intels_processors_are_left_to_intels_library():
+    assert module._find_one_dnn("GenuineIntel") is None
+
+
+def test_who_made_the_processor_is_read_from_the_system(monkeypatch, tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Some AMD-like name\n")
+    monkeypatch.setattr(module, "CPU_INFO", told)
+    assert module._maker() == "GenuineIntel"
+    told.write_text("CPU implementer\t: 0x41\n")
+    assert module._maker() == ""
+    monkeypatch.setattr(module, "CPU_INFO", tmp_path / "none")
+    monkeypatch.setattr(module.platform, "processor", lambda: "Intel64 Family 6, GenuineIntel")
+    assert module._maker() == "Intel64 Family 6, GenuineIntel"
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -59,9 +76,9 @@ def test_a_function_that_torch_changed_is_not_used(monkeypatch):
         raise TypeError("no such signature")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", changed, raising=False)
-    assert module._find_one_dnn() is None
+    assert module._find_one_dnn("") is None
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *_: x)
-    assert module._find_one_dnn() is None
+    assert module._find_one_dnn("") is None
 
 
 def test_inputs_that_do_not_fit_are_torchs_to_refuse(calls):
