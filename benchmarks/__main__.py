@@ -1,7 +1,8 @@
 """Every table that the project publishes: ``python -m benchmarks`` (or ``make bench``).
 
 ``--quick`` leaves the slow ones out: fidelity, decoding, what the embedded models draw of prompts and under guidance,
-and the step beside diffusers. ``--fidelity`` prints what each storage format costs, and nothing else.
+the step beside diffusers, what streaming costs, and how near plans come to what runs take. ``--fidelity`` prints what
+each storage format costs, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from flux.version import VERSION
 from flux.weights.readers.gguf import GgufFile
 from flux.weights.readers.safetensors import SafetensorsFile
 
-from . import decoding, fidelity, guided, opening, prompts, startup, transformer
+from . import decoding, fidelity, guided, opening, planned, prompts, startup, streaming, transformer
+from .machine import processor
 
 __all__ = ["main"]
 
@@ -52,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         parts["prompts"] = lambda: prompts.table(options.count)
         parts["guided"] = lambda: guided.table(options.cases)
         parts["transformer"] = transformer.table
+        parts["streaming"] = streaming.table
+        parts["planned"] = planned.table
     if options.fidelity:
         parts = {"fidelity": fidelity.table}
     for name, make in parts.items():
@@ -67,18 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
 def environment() -> str:
     """Where and when the figures were taken."""
     return (
-        f"FLUX Foundry {VERSION}, torch {torch.__version__}, Python {platform.python_version()}, {_processor()}, "
+        f"FLUX Foundry {VERSION}, torch {torch.__version__}, Python {platform.python_version()}, {processor()}, "
         f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def embedded() -> str:

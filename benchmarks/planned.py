@@ -29,6 +29,7 @@ from flux.pipelines.prompts import EncodedPrompt
 from flux.sampling.noise import draw_noise
 from flux.specs.flux1 import FLUX1, Flux1Spec
 
+from .machine import processor
 from .random_files import write_random
 from .transformer import peak_resident
 
@@ -126,7 +127,8 @@ def table(device: str = "cpu", cases: Sequence[Case] = CASES) -> str:
     return "\n".join(
         (
             f"{spec.title}, hidden {spec.hidden}, {spec.double_blocks} + {spec.single_blocks} blocks, random weights, "
-            f"on {device}; the farthest is {100 * worst:.1f} % off (bar {100 * bar:.0f} %).",
+            f"on {processor() if device == 'cpu' else device}; the farthest is {100 * worst:.1f} % off "
+            f"(bar {100 * bar:.0f} %).",
             "",
             "| run | planned | taken | |",
             "|---|---|---|---|",

@@ -18,6 +18,8 @@ TITLES = {
     "opening": "Opening the largest file",
     "decoding": "Unpacking weights on the CPU",
     "transformer": "Beside diffusers",
+    "streaming": "What streaming costs",
+    "planned": "Plans beside what runs take",
     "real_size": "A FLUX.1 of real size on the CPU",
 }
 BETWEEN = re.compile(r"(<!-- tables:begin.*?-->\n).*?(<!-- tables:end -->)", re.DOTALL)
