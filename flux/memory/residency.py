@@ -45,6 +45,10 @@ class Weight(Sized, Protocol):
 class Residency:
     """The weights of one module.
 
+    Attributes:
+        accounts: What they take.
+        limit: That they were loaded under the last time.
+
     Args:
         module: Built on the meta device.
         weights: For each parameter of the module, where its numbers come from.
@@ -69,6 +73,7 @@ class Residency:
         self.module, self.device, self.dtype = module, device, dtype
         self._weights = dict(weights)
         self._lane = lane
+        self.limit: int | None = None
         self._streamer: Streamer | None = None
         self._streamed: frozenset[str] = frozenset()
         self._fetched: frozenset[str] = frozenset()
@@ -88,6 +93,7 @@ class Residency:
             The bytes brought.
         """
         self._stop()
+        self.limit = limit
         without, accounts = tuple(without), self.accounts
         apart, footprint = below(without), accounts.footprint(without, limit)
         streamed = {place: accounts.names_in(accounts.blocks[place], without) for place in footprint.blocks.streamed}

@@ -15,6 +15,7 @@ from ..adapters.blending import Prediction, predictions_of
 from ..adapters.control_lora import attached
 from ..adapters.guides import Channels, StyleTokens
 from ..errors import NumericError
+from ..memory.exhaustion import Fallback
 from ..models.flux1 import Flux1
 from ..sampling.guidance import masked, true_cfg
 from ..sampling.schedules import fraction_done
@@ -123,7 +124,15 @@ def prepared(
                 for flow in passes:
                     flow.prepare(own)
 
+        distinct = dict.fromkeys(engine.part for engine in engines.values())
+        going_on = Fallback(
+            [own.residency for own in distinct], [_apart(own, tables=tables) for own in distinct], hooks.warn
+        )
+
         def velocity(x: Tensor, sigma: float) -> Tensor:
+            return going_on(lambda: predicted(x, sigma))
+
+        def predicted(x: Tensor, sigma: float) -> Tensor:
             done = fraction_done(sigma, sigmas)
             active = [(prediction, passes) for prediction, passes in flows if prediction.covers(done)]
             if len(active) == 1:
@@ -157,7 +166,7 @@ def _engines(
     models = {name: part if name is None else guided.models[name] for name in (p.model for p in predictions)}
     distinct = dict.fromkeys(models.values())
     for model in distinct:
-        apart = tuple(model.module.modulation_layers()) if tables else ()
+        apart = _apart(model, tables=tables)
         share = None if limit is None else limit // len(distinct)
         held.enter_context(model.resident(without=apart, watch=hooks.loading, limit=share))
         engines[model] = Engine(model)
@@ -166,6 +175,11 @@ def _engines(
         attachment = held.enter_context(putting_on)
         engines[part] = Engine(part, followed, attachment)
     return {name: engines[model] for name, model in models.items()}
+
+
+def _apart(part: Part[Flux1Spec, Flux1], *, tables: bool) -> tuple[str, ...]:
+    """What is made into a table, and does not stay."""
+    return tuple(part.module.modulation_layers()) if tables else ()
 
 
 def _with_cfg(passes: Sequence[Denoiser], x: Tensor, sigma: float, cfg: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adapters.channels import CELL
 from ..adapters.guides import Reference, StyleTokens
 from ..errors import NumericError, UserError
+from ..memory.exhaustion import is_exhausted
 from ..memory.policy import Policy
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
@@ -206,7 +207,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             if index == len(plan.seeds) - 1:
                 held.close()  # the last decoding has the memory for itself
             with _stage(hooks, "decoding"):
-                pixels = decode(decoder, result)[0]
+                pixels = _decoded(decoder, model, result, hooks)[0]
             yield Picture(pixels, seed, _settings(model, request, plan, seed))
 
 
@@ -302,6 +303,20 @@ def _stage(hooks: Hooks, name: str) -> Iterator[None]:
 
 def _finite(*tensors: Tensor) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _decoded(
+    decoder: Part[AutoencoderSpec, Autoencoder] | StripedPart, model: FluxModel, latents: Tensor, hooks: Hooks
+) -> Tensor:
+    """``decode``, in strips where memory runs out in one piece."""
+    try:
+        return decode(decoder, latents)
+    except Exception as error:
+        if isinstance(decoder, StripedPart) or not is_exhausted(error):
+            raise
+    if hooks.warn is not None:
+        hooks.warn("memory ran out while the picture was decoded in one piece: it is decoded in strips")
+    return decode(StripedPart(model.autoencoder), latents)
 
 
 @torch.inference_mode()

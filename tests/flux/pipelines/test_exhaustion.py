@@ -1,0 +1,103 @@
+"""Memory that runs out during a run: it goes on with less, to the same bits, and stops only when nothing is left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flux.errors import UserError
+from flux.memory.exhaustion import is_exhausted
+from flux.mini import files
+from flux.models.autoencoder import Autoencoder
+from flux.models.flux1 import Flux1
+from flux.pipelines.denoising import Hooks, denoise
+from flux.pipelines.parts import open_transformer
+from flux.pipelines.text_to_image import Request, generate
+from tests.guides import PROMPT, SIGMAS, noise
+from tests.tiny import TINY, write_tiny
+
+CPU = torch.device("cpu")
+DEEP = replace(TINY, name="deep", double_blocks=2, single_blocks=14)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("deep"), DEEP).transformer
+
+
+def run(path, told=None):
+    part = open_transformer(path, CPU, torch.float32, keep="numbers")
+    hooks = Hooks(warn=None if told is None else told.append)
+    return part, denoise(part, PROMPT, noise(), SIGMAS, guidance=3.0, hooks=hooks)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes a module's method run out of memory at some of its calls."""
+
+    def install(owner, name, calls, error=None):
+        real, count = getattr(owner, name), iter(range(1000))
+
+        def forward(self, *arguments, **named):
+            if next(count) in calls:
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return real(self, *arguments, **named)
+
+        monkeypatch.setattr(owner, name, forward)
+
+    return install
+
+
+@pytest.mark.parametrize("calls", [{0}, {2}, {0, 1}, {1, 2, 3}])
+def test_a_run_goes_on_with_fewer_weights_in_memory(path, failing, calls):
+    expected, told = run(path)[1], []
+    failing(Flux1, "forward", calls)
+    part, given = run(path, told)
+    assert torch.equal(given, expected)
+    assert len(told) == len(calls)
+    streamed = [int(sentence.split(": ")[1].split(" of ")[0]) for sentence in told]
+    assert streamed == sorted(set(streamed))
+    assert "blocks are streamed from here on, and the step is repeated" in told[0]
+    assert part.residency.resident_bytes == 0
+
+
+def test_when_nothing_is_left_to_stream_the_run_stops_with_the_way_out(path, failing):
+    told = []
+    failing(Flux1, "forward", range(1000))
+    with pytest.raises(UserError, match="memory ran out though all weights that can be streamed are.*smaller picture"):
+        run(path, told)
+    assert told[-1].startswith("memory ran out: 16 of 16 blocks")
+
+
+@pytest.mark.parametrize(
+    ("error", "exhausted"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("no"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 12 bytes"),
+            True,
+        ),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_it_is_told_from_other_faults(error, exhausted):
+    assert is_exhausted(error) == exhausted
+
+
+def test_other_faults_are_not_repeated(path, failing):
+    failing(Flux1, "forward", {1}, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(path)
+
+
+def test_a_picture_that_cannot_be_decoded_in_one_piece_is_decoded_in_strips(failing):
+    request, told = Request(prompt="a red circle", steps=2), []
+    [expected] = generate(files.open_mini(), request)
+    failing(Autoencoder, "decode", {0})
+    [picture] = generate(files.open_mini(), request, Hooks(warn=told.append))
+    assert told == ["memory ran out while the picture was decoded in one piece: it is decoded in strips"]
+    assert int((picture.pixels.int() - expected.pixels.int()).abs().max()) <= 1
