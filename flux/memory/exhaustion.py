@@ -9,11 +9,12 @@ import torch
 
 from ..errors import UserError
 from .policy import GIB
-from .residency import Residency
+from .residency import Residency, Watch
 
-__all__ = ["Fallback", "is_exhausted"]
+__all__ = ["Fallback", "is_exhausted", "load_what_fits"]
 
 Result = TypeVar("Result")
+Tell = Callable[[str], None]
 
 CPU_WORDS = "can't allocate memory"  # torch's, where the host's memory ran out
 SHARE_THAT_STAYS = 0.5  # of the blocks that stay, each time that memory runs out
@@ -24,6 +25,66 @@ def is_exhausted(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and CPU_WORDS in str(error)
+
+
+def load_what_fits(
+    residency: Residency,
+    without: tuple[str, ...] = (),
+    watch: Watch | None = None,
+    limit: int | None = None,
+    tell: Tell | None = None,
+) -> None:
+    """``Residency.load``, with a lower limit where memory runs out on the way.
+
+    Args:
+        residency: Of a module.
+        without: See there.
+        watch: See there.
+        limit: See there.
+        tell: Told in a sentence what is done.
+
+    Raises:
+        UserError: It runs out though all that can be streamed is.
+    """
+    while True:
+        try:
+            residency.load(without, watch, limit)
+            return
+        except Exception as error:
+            if not is_exhausted(error):
+                raise
+            fault = error
+        fault.__traceback__ = None
+        residency.release()
+        lower = _lowered(residency, without, limit)
+        if lower is None:
+            raise _too_little([(residency, without)]) from fault
+        limit, streamed = lower
+        if tell is not None:
+            tell(f"memory ran out while weights were loaded: {streamed} blocks are streamed")
+
+
+def _lowered(residency: Residency, without: tuple[str, ...], limit: int | None) -> tuple[int, str] | None:
+    """A limit under which about half of the blocks stay that stay under this one, and how many are streamed then.
+
+    None where all are streamed already.
+    """
+    footprint = residency.accounts.footprint(without, limit)
+    blocks = footprint.blocks
+    lower = footprint.device_bytes - int((1 - SHARE_THAT_STAYS) * blocks.resident_bytes)
+    for next_limit in (lower, 0):
+        now = residency.accounts.footprint(without, next_limit).blocks
+        if len(now.streamed) > len(blocks.streamed):
+            return next_limit, f"{len(now.streamed)} of {len(now.kept)}"
+    return None
+
+
+def _too_little(loaded: Sequence[tuple[Residency, tuple[str, ...]]]) -> UserError:
+    needed = sum(residency.accounts.footprint(without, 0).device_bytes for residency, without in loaded)
+    return UserError(
+        f"memory ran out though all weights that can be streamed are, and {needed / GIB:.2f} GiB of them have to stay: "
+        "ask for a smaller picture or fewer at once, or free memory that others hold"
+    )
 
 
 class Fallback:
@@ -39,7 +100,7 @@ class Fallback:
         self,
         residencies: Sequence[Residency],
         without: Sequence[tuple[str, ...]],
-        tell: Callable[[str], None] | None,
+        tell: Tell | None,
     ) -> None:
         self._loaded = list(zip(residencies, without, strict=True))
         self._tell = tell or (lambda _: None)
@@ -65,22 +126,10 @@ class Fallback:
         """Stream half of the blocks that stay, of every module."""
         counts = []
         for residency, without in self._loaded:
-            footprint = residency.accounts.footprint(without, residency.limit)
-            blocks = footprint.blocks
-            if len(blocks.streamed) == len(blocks.kept):
-                continue
-            limit = footprint.device_bytes - int((1 - SHARE_THAT_STAYS) * blocks.resident_bytes)
-            lowered = residency.accounts.footprint(without, limit).blocks
-            if lowered.streamed == blocks.streamed:  # few blocks: the next step down is the last
-                limit = 0
-            residency.load(without, limit=limit)
-            now = residency.accounts.footprint(without, limit).blocks
-            if now.streamed != blocks.streamed:
-                counts.append(f"{len(now.streamed)} of {len(now.kept)}")
+            lower = _lowered(residency, without, residency.limit)
+            if lower is not None:
+                residency.load(without, limit=lower[0])
+                counts.append(lower[1])
         if not counts:
-            needed = sum(residency.accounts.footprint(without, 0).device_bytes for residency, without in self._loaded)
-            raise UserError(
-                f"memory ran out though all weights that can be streamed are, and {needed / GIB:.2f} GiB are left of "
-                "them: ask for a smaller picture or fewer at once, or free memory that others hold"
-            ) from fault
+            raise _too_little(self._loaded) from fault
         self._tell(f"memory ran out: {' and '.join(counts)} blocks are streamed from here on, and the step is repeated")

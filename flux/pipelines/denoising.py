@@ -168,7 +168,7 @@ def _engines(
     for model in distinct:
         apart = _apart(model, tables=tables)
         share = None if limit is None else limit // len(distinct)
-        held.enter_context(model.resident(without=apart, watch=hooks.loading, limit=share))
+        held.enter_context(model.resident(without=apart, watch=hooks.loading, limit=share, tell=hooks.warn))
         engines[model] = Engine(model)
     if loras and part in engines:
         putting_on = attached(part.module, loras, part.device, part.dtype, norms_by_strength=guided.norms_by_strength)

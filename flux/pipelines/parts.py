@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..memory.available import available_bytes
+from ..memory.exhaustion import load_what_fits
 from ..memory.residency import Residency, Watch
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
@@ -73,15 +74,19 @@ class Part(Generic[Spec, Module]):
 
     @contextmanager
     def resident(
-        self, without: tuple[str, ...] = (), watch: Watch | None = None, limit: int | None = None
+        self,
+        without: tuple[str, ...] = (),
+        watch: Watch | None = None,
+        limit: int | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> Iterator[Module]:
         """Have the weights in memory inside the block, except those below the prefixes ``without``.
 
         ``watch`` hears of each weight on its way in, and may raise to stop. Where they would take more than ``limit``
-        bytes, some of the module's blocks are streamed.
+        bytes, or more than there is, some of the module's blocks are streamed; the latter is told.
         """
         try:
-            self.residency.load(without, watch, limit)
+            load_what_fits(self.residency, without, watch, limit, tell)
             yield self.module
         finally:
             self.residency.release()

@@ -86,9 +86,9 @@ class TextEncoders:
                 for read in asked:
                     for sentence in cut_sentences(clip_name, read[0], t5_name, read[1], title):
                         warn(sentence)
-        with self.clip.resident(watch=watch, limit=limits.get("clip")) as clip:
+        with self.clip.resident(watch=watch, limit=limits.get("clip"), tell=warn) as clip:
             pooled = [clip(torch.tensor([ids.ids], device=self.clip.device))[1].float().cpu() for ids in clip_ids]
-        with self.t5.resident(watch=watch, limit=limits.get("t5")) as t5:
+        with self.t5.resident(watch=watch, limit=limits.get("t5"), tell=warn) as t5:
             tokens = [t5(torch.tensor([ids.ids], device=self.t5.device)).float().cpu() for ids in t5_ids]
         return [EncodedPrompt(*both) for both in zip(tokens, pooled, strict=True)]
 

@@ -15,6 +15,7 @@ from flux.models.flux1 import Flux1
 from flux.pipelines.denoising import Hooks, denoise
 from flux.pipelines.parts import open_transformer
 from flux.pipelines.text_to_image import Request, generate
+from flux.weights.binding import Binding
 from tests.guides import PROMPT, SIGMAS, noise
 from tests.tiny import TINY, write_tiny
 
@@ -38,7 +39,7 @@ def failing(monkeypatch):
     """Makes a module's method run out of memory at some of its calls."""
 
     def install(owner, name, calls, error=None):
-        real, count = getattr(owner, name), iter(range(1000))
+        real, count = getattr(owner, name), iter(range(1_000_000))
 
         def forward(self, *arguments, **named):
             if next(count) in calls:
@@ -69,6 +70,22 @@ def test_when_nothing_is_left_to_stream_the_run_stops_with_the_way_out(path, fai
     with pytest.raises(UserError, match="memory ran out though all weights that can be streamed are.*smaller picture"):
         run(path, told)
     assert told[-1].startswith("memory ran out: 16 of 16 blocks")
+
+
+def test_weights_that_do_not_fit_when_they_are_loaded_are_streamed(path, failing):
+    expected, told = run(path)[1], []
+    failing(Binding, "numbers", {40})
+    part, given = run(path, told)
+    assert torch.equal(given, expected)
+    [sentence] = told
+    assert sentence.startswith("memory ran out while weights were loaded: ")
+    assert part.residency.resident_bytes == 0
+
+
+def test_where_not_even_what_must_stay_fits_the_run_stops(path, failing):
+    failing(Binding, "numbers", range(100_000))
+    with pytest.raises(UserError, match=r"0\.00 GiB of them have to stay"):
+        run(path)
 
 
 @pytest.mark.parametrize(
