@@ -68,7 +68,7 @@ CASES = (
     Case(256), Case(512), Case(1024), Case(512, batch=4), Case(512, policy="balance"), Case(512, policy="save"),
     Case(1024, policy="save"), Case(512, policy="0.75"), Case(512, stored="fp8"),
     Case(512, stored="fp8", policy="save"),
-    Case(512, stored="gguf:Q8_0"), Case(512, stored="gguf:Q4_K", policy="balance"), Case(512, references=1),
+    Case(512, stored="gguf:Q4_K"), Case(512, stored="gguf:Q4_K", policy="balance"), Case(512, references=1),
     Case(256, references=3, policy="save"), Case(256, batch=8, policy="balance"),
 )  # fmt: skip
 

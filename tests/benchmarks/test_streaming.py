@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from benchmarks import planned, streaming
 from benchmarks.planned import Case
+from benchmarks.random_files import FORMATS
 from tests.tiny import TINY
 
 DEEP = replace(TINY, name="deep", title="a deep one", double_blocks=2, single_blocks=4)
@@ -40,4 +41,5 @@ def test_the_cases_are_a_dozen_and_of_every_kind():
     assert len(cases) == len(set(cases)) >= 12
     for name in ("side", "batch", "stored", "policy", "references"):
         assert len({getattr(case, name) for case in cases}) > 1
+    assert {case.stored for case in cases} <= {"bf16", *FORMATS}
     assert Case(512).name == "512², batch 1, bf16, keep"
