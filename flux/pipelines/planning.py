@@ -38,6 +38,8 @@ __all__ = ["Grant", "Job", "Planned", "grant", "plan_run", "planned_of_file", "p
 STAGES = ("clip", "t5", "vision", "encode", "transformer", "decode")
 ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages of parts that run in one
 PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
+PACKED_PER_THREAD = 17 << 20  # bytes; ``benchmarks.planned`` found 33 to 39 MiB with two threads, in every case alike
+LARGE_STORED = 50 << 20  # bytes of weights, from which on matrices are large enough for that
 PLENTY = 0.25  # of free memory: the rest is far more than a run's activations
 LONG = torch.int64
 
@@ -212,6 +214,8 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     packed = max(once, accounts.unpacked_bytes(accounts.packable))
     streamed = accounts.unpacked_bytes(name for block in accounts.blocks for name in accounts.names_in(block, apart))
     needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed))
+    if on_cpu and accounts.stored_bytes() > LARGE_STORED:
+        needs = replace(needs, working=needs.working + _packing_bytes())
     in_strips = isinstance(part.spec, AutoencoderSpec) and needs_strips(policy, needs, available)
     if in_strips:
         found = _work(part.spec, name, part.dtype, job, in_strips=True)
@@ -224,13 +228,19 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
         weights=accounts.stored_bytes(),
         footprint=footprint,
         activations=found.peak + table,
-        workspace=max(packed, streamed if footprint.blocks.streamed else 0),
+        workspace=max(packed, streamed if footprint.blocks.streamed else 0)
+        + (_packing_bytes() if on_cpu and accounts.stored_bytes() > LARGE_STORED else 0),
         once=accounts.stored_bytes() - accounts.stored_bytes(apart),
         passes=_passes(name, job),
         operations=found.operations,
         limit=limit,
         in_strips=in_strips,
     )
+
+
+def _packing_bytes() -> int:
+    """What the libraries for matrix products keep for themselves on a CPU, for pieces of matrices."""
+    return PACKED_PER_THREAD * torch.get_num_threads()
 
 
 def _passes(name: str, job: Job) -> int:
