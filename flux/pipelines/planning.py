@@ -213,13 +213,12 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
     packed = max(once, accounts.unpacked_bytes(accounts.packable))
     streamed = accounts.unpacked_bytes(name for block in accounts.blocks for name in accounts.names_in(block, apart))
-    needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed))
-    if on_cpu and accounts.stored_bytes() > LARGE_STORED:
-        needs = replace(needs, working=needs.working + _packing_bytes())
+    packing = _packing_bytes() if on_cpu and accounts.stored_bytes() > LARGE_STORED else 0
+    needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed) + packing)
     in_strips = isinstance(part.spec, AutoencoderSpec) and needs_strips(policy, needs, available)
     if in_strips:
         found = _work(part.spec, name, part.dtype, job, in_strips=True)
-        needs = replace(needs, working=found.peak)
+        needs = replace(needs, working=found.peak + packing)
     limit = weights_limit(policy, needs, available)
     footprint = accounts.footprint(apart, limit)
     return StagePlan(
@@ -228,8 +227,7 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
         weights=accounts.stored_bytes(),
         footprint=footprint,
         activations=found.peak + table,
-        workspace=max(packed, streamed if footprint.blocks.streamed else 0)
-        + (_packing_bytes() if on_cpu and accounts.stored_bytes() > LARGE_STORED else 0),
+        workspace=max(packed, streamed if footprint.blocks.streamed else 0) + packing,
         once=accounts.stored_bytes() - accounts.stored_bytes(apart),
         passes=_passes(name, job),
         operations=found.operations,
