@@ -233,6 +233,9 @@ def _add_output(group: Group) -> None:
     group.add_argument(
         "--record", action="store_true", help="write versions, hashes, settings and times as JSON beside"
     )
+    group.add_argument(
+        "--report", action="store_true", help="say what memory and time each stage took, beside what was planned"
+    )
 
 
 def add_size(group: Group, default: str = "the model's") -> None:

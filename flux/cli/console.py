@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Bar", "fault", "note", "say", "table"]
+__all__ = ["Bar", "fault", "note", "say", "say_beside"]
 
 
 def say(line: str) -> None:
@@ -14,6 +13,11 @@ def say(line: str) -> None:
     if sys.stdout is not None:  # closed by the caller, who does not want to know
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
+
+
+def say_beside(lines: str) -> None:
+    """Put lines on stderr, where they are in nobody's way who reads results."""
+    sys.stderr.write(f"{lines}\n")
 
 
 def note(sentence: str) -> None:
@@ -24,14 +28,6 @@ def note(sentence: str) -> None:
 def fault(sentence: str) -> None:
     """Tell why there is no result."""
     sys.stderr.write(f"error: {sentence}\n")
-
-
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The lines of a table, columns as wide as they need."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]
 
 
 class Bar:

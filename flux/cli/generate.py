@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from ..errors import MissingFileError, UserError
 from ..images import save_picture
 from .arguments import DEVICES, DTYPES, NOISES
-from .console import Bar, note, say
+from .console import Bar, note, say, say_beside
 from .files import model_files
 from .output import Output
 from .purposes import purpose_of
 
 if TYPE_CHECKING:
+    from ..pipelines.hooks import Hooks
     from ..pipelines.text_to_image import Picture
     from .engine import Job
     from .record import Clock, Record
@@ -53,6 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     files = model_files(arguments, purpose)
     seed = secrets.randbelow(RANDOM_SEEDS) if arguments.seed is None else arguments.seed
     # 2. The engine, which brings torch.
+    from ..memory.metering import Meter, NoMeter
+    from ..memory.report import RunReport
+    from ..pipelines.hooks import Hooks
+    from ..pipelines.plan_text import report_lines
+    from ..pipelines.text_to_image import plan_of
     from .engine import make_job
     from .record import Clock, Record
 
@@ -65,15 +71,19 @@ def run(arguments: argparse.Namespace) -> int:
         tell(remark)
     # 3. Pictures, each written as soon as it is there.
     record = Record(files, job.model, {**given, **job.files}, notes)
-    _draw(job, output, record, clock, Bar(arguments.quiet), warn, tell)
-    # 4. The record.
+    hooks = Hooks(warn=warn, meter=Meter(job.model.transformer.device) if arguments.report else NoMeter())
+    plan = plan_of(job.model, job.request) if arguments.report else None
+    _draw(job, output, record, clock, Bar(arguments.quiet), hooks, tell)
+    # 4. What it took, and the record.
+    if isinstance(hooks.meter, Meter):
+        record.memory = RunReport(plan, hooks.meter.stages)
+        say_beside("\n".join(report_lines(record.memory)))
     if arguments.record:
         say(str(record.write(output.record_path(record.pictures[0][0]), clock.seconds)))
     return 0
 
 
-def _draw(job: Job, output: Output, record: Record, clock: Clock, bar: Bar, warn: Tell, tell: Tell) -> None:
-    from ..pipelines.denoising import Hooks
+def _draw(job: Job, output: Output, record: Record, clock: Clock, bar: Bar, hooks: Hooks, tell: Tell) -> None:
     from ..pipelines.text_to_image import generate_each
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -81,7 +91,7 @@ def _draw(job: Job, output: Output, record: Record, clock: Clock, bar: Bar, warn
         bar.show(stage, done, total)
 
     with bar:
-        for index, drawn in enumerate(generate_each(job.model, job.request, Hooks(progress=progress, warn=warn))):
+        for index, drawn in enumerate(generate_each(job.model, job.request, replace(hooks, progress=progress))):
             picture = _finished(drawn, job)
             if job.finish is not None:
                 clock.lap("finishing")

@@ -10,10 +10,11 @@ from typing import Any
 
 from ..errors import UserError
 from ..pipelines.describe import describe, human_bytes, printable, stored_as
+from ..pipelines.layout import table
 from ..pipelines.library import given_files, model_files_in
 from ..specs.fit import faults_between
 from ..weights.readers.sharded import index_in
-from .console import fault, say, table
+from .console import fault, say
 
 __all__ = ["run"]
 

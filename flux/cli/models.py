@@ -17,12 +17,13 @@ from ..models.text.t5 import T5Encoder
 from ..models.vision.siglip import SiglipVision
 from ..ops.layers import on_meta
 from ..pipelines.describe import human_bytes
+from ..pipelines.layout import table
 from ..specs.autoencoder import AUTOENCODERS
 from ..specs.flux1 import FLUX1, Flux1Spec
 from ..specs.releases import FILE_NAMES, PAGES
 from ..specs.text import CLIP_TEXT, T5_ENCODERS
 from ..specs.vision import REDUXES, VISION_TOWERS
-from .console import say, table
+from .console import say
 from .files import EMBEDDED
 
 __all__ = ["catalogue", "run"]

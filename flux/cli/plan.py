@@ -14,14 +14,13 @@ import torch
 from ..errors import UserError
 from ..images import write_whole
 from ..memory.available import available_bytes
-from ..memory.plan import RunPlan, StagePlan
 from ..memory.policy import GIB, read_policy
 from ..memory.rates import measure_rates
 from ..ops.dtypes import compute_dtype
-from ..pipelines.describe import human_bytes
 from ..pipelines.modules import build_of, parameter_shapes
 from ..pipelines.parts import bind_part
-from ..pipelines.plan_picture import draw_plan, spelled
+from ..pipelines.plan_picture import draw_plan
+from ..pipelines.plan_text import plan_lines
 from ..pipelines.planning import Job, Planned, plan_run, planned_of_file, planned_of_spec
 from ..pipelines.text_to_image import check_side, round_size
 from ..specs.autoencoder import AUTOENCODERS
@@ -29,13 +28,12 @@ from ..specs.flux1 import FLUX1, Flux1Spec
 from ..specs.text import CLIP_TEXT, T5_ENCODERS
 from ..weights.checkpoints import read_parts
 from ..weights.sources import open_checkpoint
-from .console import note, say, table
+from .console import note, say
 from .engine import DTYPES, resolve_device
 from .purposes import SHORT_NAMES
 
 __all__ = ["run"]
 
-HEAD = ("STAGE", "MODEL", "WEIGHTS", "STAY", "STREAMED", "BESIDES", "PEAK", "TIME")
 SIZE = re.compile(r"(\d+)x(\d+)", re.IGNORECASE)
 UNKNOWN_DEVICE = 24 * GIB  # free memory of a device that is not here
 
@@ -51,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = plan_run(
         parts, _job(arguments, transformer.spec), policy, device=str(device), available=available, rates=rates
     )
-    say(json.dumps(plan.as_json(), indent=2) if arguments.json else _as_text(plan))
+    say(json.dumps(plan.as_json(), indent=2) if arguments.json else "\n".join(plan_lines(plan)))
     if arguments.picture is not None:
         picture = draw_plan(plan)
         write_whole(arguments.picture, lambda file: picture.save(file, "PNG"))
@@ -149,50 +147,3 @@ def _reference(text: str) -> tuple[int, int]:
     check_side("a reference's width", width)
     check_side("a reference's height", height)
     return round_size(width), round_size(height)
-
-
-def _as_text(plan: RunPlan) -> str:
-    rows = [_row(stage, plan) for stage in plan.stages]
-    largest = max(plan.stages, key=lambda stage: stage.peak_bytes)
-    return "\n".join(
-        (
-            *table(HEAD, rows),
-            "",
-            f"The peak is {spelled(plan.peak_bytes)}, {largest.name} ({largest.title}), of {spelled(plan.available)} "
-            f"free on {plan.device}; policy {plan.policy}.",
-            *_streaming(plan),
-            *_too_much(plan),
-        )
-    )
-
-
-def _row(stage: StagePlan, plan: RunPlan) -> tuple[str, ...]:
-    return (
-        stage.name,
-        stage.title,
-        human_bytes(stage.weights),
-        spelled(stage.resident_bytes + stage.ring_bytes),
-        spelled(stage.streamed_bytes) if stage.streamed_bytes else "-",
-        spelled(stage.activations + stage.workspace),
-        spelled(stage.peak_bytes),
-        "-" if plan.rates is None else f"{stage.seconds(plan.rates):.1f} s",
-    )
-
-
-def _streaming(plan: RunPlan) -> Iterator[str]:
-    for stage in plan.stages:
-        blocks = stage.footprint.blocks
-        if blocks.streamed:
-            yield (
-                f"{stage.title}: {len(blocks.streamed)} of {len(blocks.kept)} blocks are streamed, "
-                f"{spelled(stage.streamed_bytes)} each pass, through {spelled(stage.ring_bytes)}."
-            )
-        if stage.in_strips:
-            yield f"{stage.title}: {'encodes' if stage.name == 'encode' else 'decodes'} in strips of rows."
-        if stage.once:
-            yield f"{stage.title}: {spelled(stage.once)} of modulation weights come once and do not stay."
-
-
-def _too_much(plan: RunPlan) -> Iterator[str]:
-    if plan.peak_bytes > plan.available:
-        yield "That is more than is free: choose policy auto or save, a smaller picture, or a smaller format."

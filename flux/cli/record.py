@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..images import write_whole
+from ..memory.report import RunReport
 from ..pipelines.text_to_image import FluxModel, Picture
 from ..version import VERSION
 from .files import ModelFiles
@@ -52,6 +53,9 @@ class Record:
         model: Opened from them.
         given: What else the run read, by role: pictures, adapters.
         notes: What was done otherwise than asked; may grow until the record is written.
+
+    Attributes:
+        memory: What the stages took beside what was planned; None where that was not asked for.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Record:
     ) -> None:
         self.files, self.model, self.given, self.notes = files, model, dict(given), notes
         self.pictures: list[tuple[Path, Picture]] = []
+        self.memory: RunReport | None = None
 
     def add(self, path: Path, picture: Picture) -> None:
         """Note a picture that was written to ``path``."""
@@ -92,6 +97,7 @@ class Record:
                 for path, picture in self.pictures
             ],
             "seconds": {stage: round(value, DIGITS) for stage, value in seconds.items()},
+            **({} if self.memory is None else {"memory": self.memory.as_json()}),
             "notes": [*model.transformer.notes, *self.notes],
         }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,18 @@ from .accounts import Accounts, Sized, below
 from .lanes import Lane, lane_for
 from .streaming import Movable, Streamer, Unit
 
-__all__ = ["Residency", "Watch", "Weight"]
+__all__ = ["Passed", "Residency", "Watch", "Weight"]
+
+
+class Passed(NamedTuple):
+    """What went through rings of buffers: bytes, and seconds that blocks waited for them."""
+
+    bytes: int = 0
+    waited: float = 0.0
+
+    def after(self, before: Passed) -> Passed:
+        """What came since."""
+        return Passed(self.bytes - before.bytes, self.waited - before.waited)
 
 
 class Watch(Protocol):
@@ -48,6 +59,7 @@ class Residency:
     Attributes:
         accounts: What they take.
         limit: That they were loaded under the last time.
+        passed: What was streamed so far, and how long blocks waited for it.
 
     Args:
         module: Built on the meta device.
@@ -74,6 +86,7 @@ class Residency:
         self._weights = dict(weights)
         self._lane = lane
         self.limit: int | None = None
+        self._passed = Passed()
         self._streamer: Streamer | None = None
         self._streamed: frozenset[str] = frozenset()
         self._fetched: frozenset[str] = frozenset()
@@ -148,6 +161,14 @@ class Residency:
         passing = self._streamed | self._fetched
         return ring + sum(self._bytes(name) for name in self._weights if name not in passing)
 
+    @property
+    def passed(self) -> Passed:
+        """See the class."""
+        streamer, before = self._streamer, self._passed
+        if streamer is None:
+            return before
+        return Passed(before.bytes + streamer.brought, before.waited + streamer.waited)
+
     def _unit(self, place: int, names: Iterable[str]) -> Unit:
         return Unit(place, tuple((self._place(name)[0], self._weights[name]) for name in names))
 
@@ -165,6 +186,7 @@ class Residency:
             hook.remove()
         self._hooks.clear()
         if self._streamer is not None:
+            self._passed = self.passed
             self._streamer.close()
         self._streamer, self._streamed = None, frozenset()
 

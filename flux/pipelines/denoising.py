@@ -26,9 +26,10 @@ from .hooks import Hooks
 from .parts import Part
 from .prompts import EncodedPrompt
 
-__all__ = ["Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "denoise", "prepared", "walk"]
+__all__ = ["TRANSFORMER", "Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "denoise", "prepared", "walk"]
 
 Velocity = Callable[[Tensor, float], Tensor]
+TRANSFORMER = "transformer"  # the stage's key
 
 
 @torch.inference_mode()
@@ -65,7 +66,7 @@ def denoise(
         guidance=guidance, negative=negative, cfg=cfg, solver_name=solver_name, tables=tables, hooks=hooks,
         guided=guided, limit=limit,
     )  # fmt: skip
-    with ready as velocity:
+    with part.metered(hooks.meter, TRANSFORMER), ready as velocity:
         return walk(
             velocity, noise, sigmas,
             device=part.device, solver_name=solver_name, latents=latents, mask=mask, hooks=hooks,
@@ -215,6 +216,7 @@ def walk(
         Latents (B, C, h, w), fp32 on the CPU, in the transformer's space.
     """
     hooks = hooks or Hooks()
+    hooks.meter.begin()
     clean = torch.zeros_like(noise) if latents is None else latents
     noise, clean = noise.to(device, torch.float32), clean.to(device, torch.float32)
     x = sigmas[0] * noise + (1 - sigmas[0]) * clean
@@ -229,6 +231,7 @@ def _step_observer(hooks: Hooks, steps: int) -> OnStep:
                 f"step {index + 1} of {steps} gave numbers that are not finite; most often the weights are damaged or "
                 "the number format overflows: try another dtype (bf16 or fp32), or a fresh copy of the file"
             )
+        hooks.meter.tick()
         if hooks.progress is not None:
             hooks.progress("sampling", index + 1, steps)
         if hooks.preview is not None:

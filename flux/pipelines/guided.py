@@ -17,16 +17,14 @@ from ..adapters.channels import CELL, GREY, ROUNDINGS, fill_channels, hidden_and
 from ..adapters.control_lora import ControlLora, check_control_lora
 from ..adapters.guides import Channels, Guide, Reference, StyleTokens, check_span, check_strength
 from ..errors import MismatchError, NumericError, UserError
-from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..preprocess.control import check_finite, differs_in_aspect
 from ..sampling.packing import PATCH
-from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from .denoiser import Guidance
 from .given import check_guide, check_guide_sizes, check_region, check_unit, tell_of_region
 from .parts import Part
-from .strips import StripedPart
+from .strips import AnyPart, StripedPart
 
 __all__ = [
     "POSTERIORS", "ROUNDINGS", "AnyInput", "ControlInput", "FillInput", "Input", "ReferenceInput", "check_inputs",
@@ -34,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 Warn = Callable[[str], None]
-Encoder = Part[AutoencoderSpec, Autoencoder] | StripedPart
+Encoder = AnyPart | StripedPart
 
 POSTERIORS = ("mean", "sample")
 

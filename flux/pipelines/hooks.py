@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import Cancelled
+from ..memory.metering import Meter, NoMeter
 
 __all__ = ["Hooks"]
 
@@ -21,12 +22,14 @@ class Hooks:
         preview: Called after a step with its number and the estimate (B, C, h, w) of the final latents.
         cancelled: Asked before every block, and every weight that is loaded; True stops the run with ``Cancelled``.
         warn: Told in a sentence what was done otherwise than asked.
+        meter: Notes what each stage takes.
     """
 
     progress: Callable[[str, int, int], None] | None = None
     preview: Callable[[int, Tensor], None] | None = None
     cancelled: Callable[[], bool] | None = None
     warn: Callable[[str], None] | None = None
+    meter: Meter | NoMeter = NoMeter()
 
     def loading(self, done: int, total: int) -> None:
         """Tell of weights on their way into memory, and raise ``Cancelled`` if the caller wants the run to stop."""

@@ -6,7 +6,7 @@ Opening a part reads headers only; its weights come when a stage needs them and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..memory.available import available_bytes
 from ..memory.exhaustion import load_what_fits
+from ..memory.metering import Meter, NoMeter
 from ..memory.residency import Residency, Watch
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
@@ -38,8 +39,9 @@ from .library import given_files, model_files_in
 from .modules import block_names, build_of
 
 __all__ = [
-    "KEEPS", "BoundPart", "Part", "bind_part", "check_beside", "check_redux_beside", "find_part", "joined",
-    "open_autoencoder", "open_clip", "open_redux", "open_t5", "open_transformer", "open_vision", "packs_on",
+    "KEEPS", "BoundPart", "MeteredPart", "Part", "bind_part", "check_beside", "check_redux_beside", "find_part",
+    "joined", "open_autoencoder", "open_clip", "open_redux", "open_t5", "open_transformer", "open_vision", "packs_on",
+    "title_of",
 ]  # fmt: skip
 
 Spec = TypeVar("Spec")
@@ -90,6 +92,31 @@ class Part(Generic[Spec, Module]):
             yield self.module
         finally:
             self.residency.release()
+
+    def metered(self, meter: Meter | NoMeter, stage: str) -> AbstractContextManager[None]:
+        """Have a meter note what a stage takes that runs with this part."""
+        return meter.stage(stage, title_of(self.spec), self.residency)
+
+
+class MeteredPart(Generic[Spec, Module]):
+    """A part whose every use is a pass of a stage that a meter notes."""
+
+    def __init__(self, part: Part[Spec, Module], meter: Meter | NoMeter, stage: str) -> None:
+        self.spec, self.path, self.device, self.dtype = part.spec, part.path, part.device, part.dtype
+        self._part, self._meter, self._stage = part, meter, stage
+
+    @contextmanager
+    def resident(self) -> Iterator[Module]:
+        """Have the weights in memory inside the block."""
+        with self._part.metered(self._meter, self._stage), self._part.resident() as module:
+            self._meter.begin()
+            yield module
+            self._meter.tick()
+
+
+def title_of(spec: Any) -> str:
+    """What a part is called."""
+    return str(getattr(spec, "title", spec.name))
 
 
 def open_transformer(

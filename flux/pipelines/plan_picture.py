@@ -1,10 +1,15 @@
-"""A plan as a picture: a bar for each stage, of what takes its memory, with a line at what there is."""
+"""A plan as a picture: a bar for each stage, of what takes its memory, with a line at what there is.
+
+After a run, what a stage took stands as a thin bar below the one of its plan.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..memory.metering import StageActual
 from ..memory.plan import RunPlan, StagePlan
 from ..memory.policy import GIB
 
@@ -15,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_plan", "spelled"]
 
 MIB = 1 << 20
-GROUND, INK, FAINT, LINE, OVER = "#1e1f22", "#e8e8e8", "#8a8d91", "#55585d", "#e5534b"
+GROUND, INK, FAINT, LINE, OVER, TAKEN = "#1e1f22", "#e8e8e8", "#8a8d91", "#55585d", "#e5534b", "#c9ccd1"
 STACK = (  # what a bar is made of, from the left: attribute, legend, colour
     ("resident_bytes", "weights that stay", "#4c8dd6"),
     ("ring_bytes", "buffers of streamed weights", "#56c2b6"),
@@ -24,6 +29,7 @@ STACK = (  # what a bar is made of, from the left: attribute, legend, colour
 )
 WIDTH, MARGIN, LABEL, AMOUNT = 960, 20, 190, 96  # pixels
 BAR, GAP, TOP, SCALE, LEGEND = 30, 20, 60, 34, 34
+THIN, APART = 8, 4  # of a bar of what was taken, and above it
 SIZE, SMALL = 15, 13  # of letters
 ASIDE = 6  # of a bar or the line, where an amount stands
 HEADROOM = 1.06  # of the scale beyond the longest bar
@@ -41,33 +47,42 @@ class _Ruler:
         return MARGIN + LABEL + size / self.most * (WIDTH - 2 * MARGIN - LABEL - AMOUNT)
 
 
-def draw_plan(plan: RunPlan) -> Image:
+def draw_plan(plan: RunPlan, taken: Mapping[str, StageActual] | None = None) -> Image:
     """Draw a plan.
 
     Args:
         plan: Of a run.
+        taken: What its stages took, by their keys; None before the run.
 
     Returns:
         An RGB picture, ``WIDTH`` pixels wide.
     """
     from PIL import Image, ImageDraw
 
-    height = TOP + len(plan.stages) * (BAR + GAP) + SCALE + LEGEND + MARGIN
+    pitch = BAR + GAP + (THIN + APART if taken else 0)
+    height = TOP + len(plan.stages) * pitch + SCALE + LEGEND + MARGIN
     picture = Image.new("RGB", (WIDTH, height), GROUND)
     pen = ImageDraw.Draw(picture)
     line = _line_of(plan)
-    ruler = _Ruler(int(HEADROOM * max(plan.peak_bytes, line if line < 2 * plan.peak_bytes else 0)))
-    _text(pen, (MARGIN, MARGIN), f"memory plan: policy {plan.policy}, {plan.device}", SIZE)
-    bottom = TOP + len(plan.stages) * (BAR + GAP)
+    longest = max(plan.peak_bytes, *(stage.peak_bytes for stage in (taken or {}).values()), 1)
+    ruler = _Ruler(int(HEADROOM * max(longest, line if line < 2 * longest else 0)))
+    title = "memory plan and what was taken" if taken else "memory plan"
+    _text(pen, (MARGIN, MARGIN), f"{title}: policy {plan.policy}, {plan.device}", SIZE)
+    bottom = TOP + len(plan.stages) * pitch
     _scale(pen, ruler, bottom)
     for index, stage in enumerate(plan.stages):
-        _bar(pen, ruler, stage, TOP + index * (BAR + GAP), line)
+        y = TOP + index * pitch
+        _bar(pen, ruler, stage, y, line)
+        if taken and stage.name in taken:
+            _thin_bar(pen, ruler, taken[stage.name], y + BAR + APART)
+        if stage.streamed_bytes:
+            _streaming(pen, ruler, stage, y + pitch - GAP + APART)
     if line <= ruler.most:
         x = ruler.at(line)
         pen.line((x, TOP - GAP // 2, x, bottom - GAP // 2), OVER, 2)
         what = "budget" if plan.policy.budget is not None else "free"
         _text(pen, (x, TOP - GAP), f"{what} {spelled(line)}", SMALL, OVER, "ms")
-    _legend(pen, bottom + SCALE)
+    _legend(pen, bottom + SCALE, with_taken=bool(taken))
     return picture
 
 
@@ -88,9 +103,18 @@ def _bar(pen: Pen, ruler: _Ruler, stage: StagePlan, y: int, line: int) -> None:
     if start <= line <= ruler.most and x + pen.textlength(words, font=_font(SIZE)) > ruler.at(line) - ASIDE:
         x = ruler.at(line) + ASIDE
     _text(pen, (x, y + BAR // 2), words, SIZE, OVER if start > line else INK, "lm")
-    if stage.streamed_bytes:
-        streamed = f"{len(stage.footprint.blocks.streamed)} of {len(stage.footprint.blocks.kept)} blocks are streamed, "
-        _text(pen, (ruler.at(0), y + BAR + 3), f"{streamed}{spelled(stage.streamed_bytes)} a pass", SMALL, FAINT)
+
+
+def _thin_bar(pen: Pen, ruler: _Ruler, taken: StageActual, y: int) -> None:
+    end = ruler.at(taken.peak_bytes)
+    pen.rectangle((ruler.at(0), y, max(ruler.at(0), end - 1), y + THIN), TAKEN)
+    _text(pen, (end + ASIDE, y + THIN // 2), spelled(taken.peak_bytes), SMALL, TAKEN, "lm")
+
+
+def _streaming(pen: Pen, ruler: _Ruler, stage: StagePlan, y: int) -> None:
+    blocks = stage.footprint.blocks
+    streamed = f"{len(blocks.streamed)} of {len(blocks.kept)} blocks are streamed, "
+    _text(pen, (ruler.at(0), y), f"{streamed}{spelled(stage.streamed_bytes)} a pass", SMALL, FAINT)
 
 
 def _scale(pen: Pen, ruler: _Ruler, bottom: int) -> None:
@@ -105,9 +129,9 @@ def _scale(pen: Pen, ruler: _Ruler, bottom: int) -> None:
     _text(pen, (WIDTH - MARGIN, bottom + 4), "GiB" if unit == GIB else "MiB", SMALL, FAINT, "ra")
 
 
-def _legend(pen: Pen, y: int) -> None:
+def _legend(pen: Pen, y: int, *, with_taken: bool) -> None:
     x = MARGIN + LABEL
-    for _, words, colour in STACK:
+    for _, words, colour in (*STACK, *([("", "taken", TAKEN)] if with_taken else [])):
         pen.rectangle((x, y, x + 12, y + 12), colour)
         _text(pen, (x + 18, y - 2), words, SMALL)
         x += 34 + round(pen.textlength(words, font=_font(SMALL)))

@@ -30,7 +30,7 @@ from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
 from .modules import block_names, build_of, parameter_shapes
-from .parts import BoundPart, Part, packs_on
+from .parts import BoundPart, Part, packs_on, title_of
 from .strips import Striped
 
 __all__ = ["Grant", "Job", "Planned", "grant", "plan_run", "planned_of_file", "planned_of_part", "planned_of_spec"]
@@ -92,7 +92,7 @@ class Planned:
 
     @property
     def title(self) -> str:
-        return str(getattr(self.spec, "title", self.spec.name))
+        return title_of(self.spec)
 
 
 def planned_of_spec(spec: Any, dtype: torch.dtype, stored: torch.dtype = torch.bfloat16) -> Planned:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..memory.metering import Meter, NoMeter
 from ..memory.residency import Watch
 from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
@@ -64,6 +66,7 @@ class TextEncoders:
         watch: Watch | None = None,
         titles: Sequence[str] = (),
         limits: Mapping[str, int | None] | None = None,
+        meter: Meter | NoMeter | None = None,
     ) -> list[EncodedPrompt]:
         """Encode several prompts one by one; each encoder is in memory once, and only while it runs.
 
@@ -74,8 +77,9 @@ class TextEncoders:
             watch: Called before each weight on its way in; may raise to stop.
             titles: What ``warn`` hears each prompt called; "prompt" where there is none.
             limits: Bytes that the weights of "clip" and "t5" may take; what goes beyond is streamed.
+            meter: Notes what each encoder takes.
         """
-        limits = limits or {}
+        limits, meter = limits or {}, meter or NoMeter()
         clip_ids = [self.clip_tokenizer(both if own is None else own) for both, own in prompts]
         t5_ids = [self.t5_tokenizer(both, length) for both, _ in prompts]
         if warn is not None:
@@ -86,10 +90,21 @@ class TextEncoders:
                 for read in asked:
                     for sentence in cut_sentences(clip_name, read[0], t5_name, read[1], title):
                         warn(sentence)
-        with self.clip.resident(watch=watch, limit=limits.get("clip"), tell=warn) as clip:
-            pooled = [clip(torch.tensor([ids.ids], device=self.clip.device))[1].float().cpu() for ids in clip_ids]
-        with self.t5.resident(watch=watch, limit=limits.get("t5"), tell=warn) as t5:
-            tokens = [t5(torch.tensor([ids.ids], device=self.t5.device)).float().cpu() for ids in t5_ids]
+
+        def passed(
+            part: Part[Any, Any], stage: str, read: Sequence[TokenIds], taken: Callable[[Any], Tensor]
+        ) -> list[Tensor]:
+            made = []
+            resident = part.resident(watch=watch, limit=limits.get(stage), tell=warn)
+            with part.metered(meter, stage), resident as encoder:
+                meter.begin()
+                for ids in read:
+                    made.append(taken(encoder(torch.tensor([ids.ids], device=part.device))).float().cpu())
+                    meter.tick()
+            return made
+
+        pooled = passed(self.clip, "clip", clip_ids, lambda given: given[1])
+        tokens = passed(self.t5, "t5", t5_ids, lambda given: given)
         return [EncodedPrompt(*both) for both in zip(tokens, pooled, strict=True)]
 
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from ..models.autoencoder import AttentionBlock, Autoencoder, Decoder, Downsample, Encoder, Middle, ResBlock, Upsample
 from ..ops.attention import attention
 from ..specs.autoencoder import AutoencoderSpec
-from .parts import Part
+from .parts import MeteredPart, Part
 
-__all__ = ["Striped", "StripedPart", "decode_in_strips", "moments_in_strips"]
+__all__ = ["AnyPart", "Striped", "StripedPart", "decode_in_strips", "moments_in_strips"]
 
 STRIP_BYTES = 16 << 20  # of a map, about which a strip is high
 ITEM = 4  # bytes of a number, in which norms compute
@@ -30,6 +30,7 @@ LEAST_ROWS = 8  # of a strip: of fewer, the rows that neighbours share are most 
 QUERIES = 1024  # that attend at once
 
 Size = tuple[int, int, int, int]
+AnyPart = Part[AutoencoderSpec, Autoencoder] | MeteredPart[AutoencoderSpec, Autoencoder]
 
 
 class Map(Protocol):
@@ -286,7 +287,7 @@ class Striped:
 class StripedPart:
     """An autoencoder's part that lends it for use in strips."""
 
-    def __init__(self, part: Part[AutoencoderSpec, Autoencoder]) -> None:
+    def __init__(self, part: AnyPart) -> None:
         self.spec, self.path, self.device, self.dtype = part.spec, part.path, part.device, part.dtype
         self._part = part
 

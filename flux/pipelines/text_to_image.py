@@ -13,7 +13,9 @@ from torch import Tensor
 from ..adapters.channels import CELL
 from ..adapters.guides import Reference, StyleTokens
 from ..errors import NumericError, UserError
+from ..memory.available import available_bytes
 from ..memory.exhaustion import is_exhausted
+from ..memory.plan import RunPlan
 from ..memory.policy import Policy
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
@@ -24,7 +26,7 @@ from ..sampling.schedules import MAX_MU, check_sigmas, flux1_mu, flux1_tokens, m
 from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
-from .denoising import Hooks, prepared, walk
+from .denoising import TRANSFORMER, Hooks, prepared, walk
 from .given import check_unit
 from .guided import (
     AnyInput,
@@ -37,10 +39,10 @@ from .guided import (
     resized,
     size_of_inputs,
 )
-from .parts import Part, check_beside
-from .planning import Job, grant
+from .parts import MeteredPart, Part, check_beside
+from .planning import Grant, Job, grant, plan_run, planned_of_part
 from .prompts import EncodedPrompt, TextEncoders
-from .strips import StripedPart
+from .strips import AnyPart, StripedPart
 
 __all__ = [
     "NOISES",
@@ -50,6 +52,7 @@ __all__ = [
     "decode",
     "generate",
     "generate_each",
+    "plan_of",
     "plan_sigmas",
     "round_size",
 ]
@@ -162,8 +165,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     plan = _plan(model, request, hooks)
     parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
     granted = grant(parts, _job(request, plan), request.memory)
-    encoder = StripedPart(model.autoencoder) if "encode" in granted.in_strips else model.autoencoder
-    decoder = StripedPart(model.autoencoder) if "decode" in granted.in_strips else model.autoencoder
+    encoder = _autoencoder(model, hooks, granted, "encode")
     # 2. Text.
     with _stage(hooks, "text"):
         positive, negative = _encode_prompts(model, request, plan, hooks, granted.limits)
@@ -191,7 +193,8 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
                 guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
                 guided=guided, limit=granted.limits.get("transformer"),
             )  # fmt: skip
-            velocity = held.enter_context(ready)
+            with model.transformer.metered(hooks.meter, TRANSFORMER):
+                velocity = held.enter_context(ready)
         # 5. Each picture: noise, steps, pixels.
         for index, seed in enumerate(plan.seeds):
             hooks.check()
@@ -200,14 +203,15 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             part_mask = None if mask is None else mask[index % len(mask)][None]
             result = torch.zeros_like(noise) if latents is None else latents
             if velocity is not None:
-                result = walk(
-                    velocity, noise, plan.sigmas, device=model.transformer.device,
-                    solver_name=request.solver, latents=latents, mask=part_mask, hooks=hooks,
-                )  # fmt: skip
+                with model.transformer.metered(hooks.meter, TRANSFORMER):
+                    result = walk(
+                        velocity, noise, plan.sigmas, device=model.transformer.device,
+                        solver_name=request.solver, latents=latents, mask=part_mask, hooks=hooks,
+                    )  # fmt: skip
             if index == len(plan.seeds) - 1:
                 held.close()  # the last decoding has the memory for itself
             with _stage(hooks, "decoding"):
-                pixels = _decoded(decoder, model, result, hooks)[0]
+                pixels = _decoded(model, result, hooks, granted)[0]
             yield Picture(pixels, seed, _settings(model, request, plan, seed))
 
 
@@ -265,6 +269,20 @@ def _job(request: Request, plan: _Plan) -> Job:
     )
 
 
+def plan_of(model: FluxModel, request: Request) -> RunPlan:
+    """What a request will take, stage by stage, under its policy.
+
+    Raises:
+        UserError: Something asked for cannot be done.
+    """
+    parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
+    device = model.transformer.device
+    return plan_run(
+        [planned_of_part(part) for part in parts], _job(request, _plan(model, request, Hooks())), request.memory,
+        device=str(device), available=available_bytes(device),
+    )  # fmt: skip
+
+
 def _encode_prompts(
     model: FluxModel, request: Request, plan: _Plan, hooks: Hooks, limits: Mapping[str, int | None]
 ) -> tuple[EncodedPrompt, EncodedPrompt | None]:
@@ -280,6 +298,7 @@ def _encode_prompts(
         watch=lambda *_: hooks.check(),
         titles=("prompt", "negative prompt"),
         limits=limits,
+        meter=hooks.meter,
     )
     for prompt in encoded:
         if not _finite(prompt.tokens, prompt.pooled):
@@ -305,10 +324,15 @@ def _finite(*tensors: Tensor) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def _decoded(
-    decoder: Part[AutoencoderSpec, Autoencoder] | StripedPart, model: FluxModel, latents: Tensor, hooks: Hooks
-) -> Tensor:
+def _autoencoder(model: FluxModel, hooks: Hooks, granted: Grant, stage: str) -> AnyPart | StripedPart:
+    """The autoencoder as a stage uses it."""
+    part = MeteredPart(model.autoencoder, hooks.meter, stage)
+    return StripedPart(part) if stage in granted.in_strips else part
+
+
+def _decoded(model: FluxModel, latents: Tensor, hooks: Hooks, granted: Grant) -> Tensor:
     """``decode``, in strips where memory runs out in one piece."""
+    decoder = _autoencoder(model, hooks, granted, "decode")
     try:
         return decode(decoder, latents)
     except Exception as error:
@@ -316,11 +340,11 @@ def _decoded(
             raise
     if hooks.warn is not None:
         hooks.warn("memory ran out while the picture was decoded in one piece: it is decoded in strips")
-    return decode(StripedPart(model.autoencoder), latents)
+    return decode(StripedPart(decoder), latents)
 
 
 @torch.inference_mode()
-def decode(part: Part[AutoencoderSpec, Autoencoder] | StripedPart, latents: Tensor) -> Tensor:
+def decode(part: AnyPart | StripedPart, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) in the transformer's space to bytes (B, H, W, 3).
 
     Args:
