@@ -319,8 +319,8 @@ def test_the_bar_is_shown_on_a_terminal_only(capfd, monkeypatch):
 
 def test_a_report_says_what_stages_took(flux, tmp_path):
     words = ("generate", "a red circle", "--steps", 2, "--seed", 1, "--report", "--record")
-    code, _, said = flux(*words, "--out", tmp_path / "a.png")
-    assert code == 0
-    assert any(line.startswith("transformer") and "2 x " in line for line in said)
+    done = flux(*words, "--out", tmp_path / "a.png")
+    assert done.code == 0
+    assert any(line.startswith("transformer") and "2 x " in line for line in done.err)
     [record] = tmp_path.glob("*.json")
     assert len(json.loads(record.read_text())["memory"]["stages"]["transformer"]["taken"]["pass_seconds"]) == 2
