@@ -219,8 +219,13 @@ class Streamer:
     def _request(self, slot: int, after: Departure | None) -> None:
         layout = self._layouts[self._next]
         self._next = (self._next + 1) % len(self._layouts)
-        arrival = self._reader.submit(self._lane.bring, self._buffers[slot], layout.size, layout.read, after)
+        arrival = self._reader.submit(self._bring, slot, layout, after)
         self._coming.append(_Coming(layout, slot, after, arrival))
+
+    @torch.inference_mode()  # as buffers may have been made in, by a thread in whose runs no gradients flow
+    def _bring(self, slot: int, layout: _Layout, after: Departure | None) -> Arrival:
+        """Called by the thread that reads."""
+        return self._lane.bring(self._buffers[slot], layout.size, layout.read, after)
 
     def _begin_again(self, index: int) -> None:
         """Blocks run otherwise than expected, as after a pass that was broken off: bring from this one on."""

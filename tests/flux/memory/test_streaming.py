@@ -244,3 +244,11 @@ def test_several_tensors_of_a_block_lie_apart():
 
 def streamer_offset(blocks):
     return blocks.lane.buffers[0].data_ptr() % ALIGNMENT
+
+
+def test_buffers_that_were_made_in_inference_mode_can_be_brought_to():
+    blocks = Blocks()
+    with torch.inference_mode():  # of the thread that computes; the one that reads has a mode of its own
+        streamer = Streamer(blocks.units, blocks.lane)
+        assert blocks.run(streamer) == list(range(COUNT))
+        streamer.close()
