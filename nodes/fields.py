@@ -7,6 +7,7 @@ import dataclasses
 from comfy_api.latest import io
 
 from ..flux.adapters.guides import MAX_STRENGTH
+from ..flux.memory.policy import AUTO, BUDGET, GIB, POLICIES, Policy
 from ..flux.sampling.noise import SEEDS
 from ..flux.sampling.schedules import MAX_STEPS, SCHEDULES
 from ..flux.sampling.solvers import SOLVERS
@@ -15,12 +16,15 @@ __all__ = [
     "CROP",
     "ROOT",
     "batch_size",
+    "budget",
     "denoise",
     "dtype",
     "end",
     "guidance",
+    "memory",
     "negative_input",
     "negative_output",
+    "policy",
     "schedule",
     "schema",
     "seed",
@@ -114,6 +118,38 @@ def dtype() -> io.Input:
         "packed ones (fp8, GGUF, nf4, ...) stay packed and are unpacked layer by layer while they are used. bf16, fp16 "
         "and fp32 unpack everything when it is loaded; bf16 and fp16 take half of fp32's memory.",
     )
+
+
+def memory(what: str) -> io.Input:
+    return io.Combo.Input(
+        "memory",
+        options=[*POLICIES, BUDGET],
+        default=AUTO,
+        optional=True,
+        tooltip=f"How much of {what} stays on the graphics card; the rest is streamed while it runs, which is slower "
+        "and gives the same picture. auto: as much as ComfyUI finds room for. keep: all of it. balance: half of the "
+        "blocks. save: none, the least memory. budget: as much as fits into the number of GiB below. ComfyUI may take "
+        "more away when it needs room.",
+    )
+
+
+def budget() -> io.Input:
+    return io.Float.Input(
+        "budget",
+        default=8.0,
+        min=0.1,
+        max=1024.0,
+        step=0.1,
+        round=0.001,
+        optional=True,
+        tooltip="GiB that it may take at most while it runs, what it computes with among them. Ignored unless memory "
+        "is budget. Too small a number is answered with the least that would do.",
+    )
+
+
+def policy(memory: str, gib: float) -> Policy:
+    """What the two inputs grant."""
+    return Policy(BUDGET, int(gib * GIB)) if memory == BUDGET else Policy(memory)
 
 
 def side(name: str, tooltip: str, default: int = 1024) -> io.Input:

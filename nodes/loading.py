@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .bridge.paths import CLIPS, EMBEDDED_MODELS, MODELS, T5S, VAES, Choice, resolve_embedded
-from .fields import ROOT, dtype, schema
+from .fields import ROOT, budget, dtype, memory, policy, schema
 
 __all__ = ["NODES"]
 
@@ -52,16 +52,21 @@ class LoadModel(io.ComfyNode):
                     "and so have Canny and Depth. auto: by the file's metadata and name. It sets the defaults that "
                     "samplers take from the model; a variant that the tensors contradict is refused.",
                 ),
+                memory("the model"),
+                budget(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_TOOLTIP)],
         )
 
     @classmethod
-    def execute(cls, model: str, dtype: str, variant: str = AUTO) -> io.NodeOutput:
+    def execute(
+        cls, model: str, dtype: str, variant: str = AUTO, memory: str = AUTO, budget: float = 0.0
+    ) -> io.NodeOutput:
         from .bridge.model import load_model
         from .bridge.preflight import show_loaded
 
-        patcher = load_model(str(MODELS.resolve(model)), dtype, None if variant == AUTO else variant)
+        path = str(MODELS.resolve(model))
+        patcher = load_model(path, dtype, None if variant == AUTO else variant, policy(memory, budget))
         show_loaded(patcher.model.given)
         return io.NodeOutput(patcher)
 
@@ -95,16 +100,19 @@ class LoadTextEncoders(io.ComfyNode):
                     tooltip="Tokens that T5's text is padded to: 512 as FLUX.1 [dev] was trained, 256 for [schnell]. "
                     "Longer prompts still go in whole up to 512. Ignored by the embedded encoder.",
                 ),
+                memory("each encoder"),
+                budget(),
             ],
             outputs=[io.Clip.Output(display_name="clip", tooltip=CLIP_TOOLTIP)],
         )
 
     @classmethod
-    def execute(cls, clip_l: str, t5: str, t5_length: str) -> io.NodeOutput:
+    def execute(cls, clip_l: str, t5: str, t5_length: str, memory: str = AUTO, budget: float = 0.0) -> io.NodeOutput:
         from .bridge.clip import load_clip
         from .bridge.preflight import show_loaded
 
-        clip = load_clip(str(CLIPS.resolve(clip_l)), str(T5S.resolve(t5)), int(t5_length))
+        granted = policy(memory, budget)
+        clip = load_clip(str(CLIPS.resolve(clip_l)), str(T5S.resolve(t5)), int(t5_length), granted)
         show_loaded(*clip.cond_stage_model.given)
         return io.NodeOutput(clip)
 

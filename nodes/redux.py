@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 from ..flux.preprocess.vision import MAX_TILES, VIEWS
 from .bridge.paths import STYLE_MODELS, VISION_TOWERS
 from .bridge.styles import STRENGTH_MODES
-from .fields import ROOT, end, schema, start, strength
-from .loading import CATEGORY, file_combo
+from .fields import ROOT, budget, end, memory, policy, schema, start, strength
+from .loading import AUTO, CATEGORY, file_combo
 
 __all__ = ["NODES"]
 
@@ -39,6 +39,8 @@ class LoadRedux(io.ComfyNode):
                     "The SigLIP vision tower in ComfyUI's clip_vision folder (sigclip_vision_patch14_384.safetensors). "
                     "It sees the pictures for Redux, which takes no other.",
                 ),
+                memory("the vision tower"),
+                budget(),
             ],
             outputs=[
                 io.StyleModel.Output(
@@ -54,12 +56,12 @@ class LoadRedux(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, redux: str, vision_tower: str) -> io.NodeOutput:
+    def execute(cls, redux: str, vision_tower: str, memory: str = AUTO, budget: float = 0.0) -> io.NodeOutput:
         from .bridge.preflight import show_loaded
         from .bridge.vision import load_redux
 
         paths = STYLE_MODELS.resolve(redux), VISION_TOWERS.resolve(vision_tower)
-        style_model, clip_vision = load_redux(*map(str, paths))
+        style_model, clip_vision = load_redux(*map(str, paths), policy(memory, budget))
         show_loaded(style_model.given, clip_vision.given)
         return io.NodeOutput(style_model, clip_vision)
 

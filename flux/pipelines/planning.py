@@ -33,7 +33,17 @@ from .modules import block_names, build_of, parameter_shapes
 from .parts import BoundPart, Part, packs_on, title_of
 from .strips import Striped
 
-__all__ = ["Grant", "Job", "Planned", "grant", "plan_run", "planned_of_file", "planned_of_part", "planned_of_spec"]
+__all__ = [
+    "Grant",
+    "Job",
+    "Planned",
+    "grant",
+    "plan_run",
+    "planned_of_file",
+    "planned_of_part",
+    "planned_of_spec",
+    "working_bytes",
+]
 
 STAGES = ("clip", "t5", "vision", "encode", "transformer", "decode")
 ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages of parts that run in one
@@ -193,6 +203,12 @@ def plan_run(
     order = {name: index for index, name in enumerate(STAGES)}
     stages.sort(key=lambda stage: order[stage.name])
     return RunPlan(tuple(stages), policy, device, available, rates)
+
+
+def working_bytes(spec: Any, dtype: torch.dtype, job: Job) -> int:
+    """Bytes of activations that a transformer, a text encoder or a vision tower takes at once."""
+    stage = "vision" if isinstance(spec, SiglipSpec) else ALONE[type(spec)]
+    return _work(spec, stage, dtype, job).peak
 
 
 def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:

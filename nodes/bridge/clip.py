@@ -17,6 +17,7 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
+from ...flux.memory.policy import Policy
 from ...flux.mini.files import MINI as MINI_FILES
 from ...flux.models.text.clip import ClipText
 from ...flux.models.text.t5 import T5Encoder
@@ -32,10 +33,11 @@ from ...flux.weights.readers.tokenizer import (
     read_t5_tokenizer,
 )
 from .compat import patch, register_reload, streams_files, to_intermediate
-from .packed import PackedPatcher, pack_layers, packed_state
+from .packed import pack_layers, packed_state
 from .preflight import ENCODERS
 from .progress import say
-from .weights import HostLayers, Numbers, encoder_numbers, open_weights
+from .residents import FoundryPatcher, Residents, under_policy
+from .weights import HOSTS, HostLayers, Numbers, encoder_numbers, open_weights
 
 __all__ = ["HostTextEncoders", "HostTokenizer", "load_clip", "real_or_embedded_tokenizers"]
 
@@ -155,13 +157,14 @@ class HostTextEncoders(nn.Module):
         return list(missing), list(unexpected)
 
 
-def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
+def load_clip(clip_path: str, t5_path: str, t5_length: int = 512, memory: Policy = HOSTS) -> Any:
     """Load both text encoders as the host's CLIP.
 
     Args:
         clip_path: CLIP-L's file.
         t5_path: T5's file.
         t5_length: Tokens that T5's text is padded to; embedded encoders have a length of their own.
+        memory: How much of them may stay on the device; with any but "auto" weights stay as they are stored.
 
     Raises:
         UserError: A file is missing, damaged, or another encoder than it should be.
@@ -171,7 +174,7 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
     device = comfy.model_management.text_encoder_device()
     numbers = [encoder_numbers(weights, device) for weights in parts]
     target = comfy.supported_models_base.ClipTarget(partial(real_or_embedded_tokenizers, *specs, t5_length), _build)
-    packed = [weights.packed(weights.packed_layers) for weights in parts]
+    packed = [weights.packed(weights.chosen_layers(memory)) for weights in parts]
     target.params = {"parts": tuple(zip(specs, numbers, packed, strict=True))}
     offload = comfy.model_management.text_encoder_offload_device()
     result = comfy.sd.CLIP(
@@ -186,22 +189,29 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512) -> Any:
     )
     result.cond_stage_model.given = tuple(weights.given for weights in parts)
     if any(packed):
+        holders = result.cond_stage_model.named_children()
+        under_policy(result.cond_stage_model, [
+            Residents(holder.transformer, f"{name}.transformer.", weights, own.compute, memory, ())
+            for (name, holder), weights, own, layers in zip(holders, parts, numbers, packed, strict=True) if layers
+        ])  # fmt: skip
         result.patcher = _packed_patcher(result.patcher)
-    register_reload(result.patcher, load_clip_patcher, clip_path, t5_path, t5_length)
+    register_reload(result.patcher, load_clip_patcher, clip_path, t5_path, t5_length, memory)
     return result
 
 
-def load_clip_patcher(clip_path: str, t5_path: str, t5_length: int, disable_dynamic: bool = False) -> Any:
+def load_clip_patcher(
+    clip_path: str, t5_path: str, t5_length: int, memory: Policy, disable_dynamic: bool = False
+) -> Any:
     """The patcher of ``load_clip``, which the host asks for when it loads the encoders again."""
-    patcher = load_clip(clip_path, t5_path, t5_length).patcher
-    if isinstance(patcher, PackedPatcher) or not disable_dynamic:
+    patcher = load_clip(clip_path, t5_path, t5_length, memory).patcher
+    if isinstance(patcher, FoundryPatcher) or not disable_dynamic:
         return patcher
     return patch(patcher.model, patcher.load_device, patcher.offload_device, plain=True)
 
 
-def _packed_patcher(patcher: Any) -> PackedPatcher:
+def _packed_patcher(patcher: Any) -> FoundryPatcher:
     """In place of the patcher that the host gave its CLIP, one for packed layers."""
-    own = PackedPatcher(patcher.model, load_device=patcher.load_device, offload_device=patcher.offload_device)
+    own = FoundryPatcher(patcher.model, load_device=patcher.load_device, offload_device=patcher.offload_device)
     own.object_patches, own.force_cast_weights = patcher.object_patches, patcher.force_cast_weights
     own.hook_mode, own.is_clip = patcher.hook_mode, patcher.is_clip
     return own
@@ -214,8 +224,8 @@ def _build(
     (clip_spec, clip_numbers, clip_packed), (t5_spec, t5_numbers, t5_packed) = parts
     clip = ClipText(clip_spec, HostLayers(comfy.ops.manual_cast, clip_numbers))
     t5 = T5Encoder(t5_spec, HostLayers(comfy.ops.manual_cast, t5_numbers))
-    pack_layers(clip, clip_packed, clip_numbers.weights)
-    pack_layers(t5, t5_packed, t5_numbers.weights)
+    pack_layers(clip, clip_packed, clip_numbers.weights, clip_numbers.compute)
+    pack_layers(t5, t5_packed, t5_numbers.weights, t5_numbers.compute)
     module = HostTextEncoders(clip, t5, {clip_numbers.weights, t5_numbers.weights})
     return module.eval().requires_grad_(False)
 

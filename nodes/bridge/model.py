@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import comfy.supported_models
 from torch import Tensor
 
 from ...flux.errors import FluxFoundryError, MismatchError
+from ...flux.memory.policy import Policy
 from ...flux.mini.files import MINI as MINI_FILES
+from ...flux.pipelines.planning import Job, working_bytes
 from ...flux.pipelines.text_to_image import GRID
+from ...flux.sampling.packing import PATCH
 from ...flux.sampling.schedules import flux1_mu
 from ...flux.specs.autoencoder import MINI as MINI_AUTOENCODER
 from ...flux.specs.fit import Given
@@ -29,16 +33,18 @@ from .conditioning import check_channels, check_widths, sample_and_tell
 from .control_lora import control_slots, further_channels, takes_hole
 from .experts import EXPERT, Expert, expert_of
 from .norms import host_state
-from .packed import PackedLinear, PackedPatcher, pack_layers, packed_state
+from .packed import PackedLinear, pack_layers, packed_state
 from .pictures import taken_by
 from .preflight import check_together, files_of
 from .references import VIEWS, ReferenceViews, as_bias, views_of
+from .residents import FoundryPatcher, Residents, residents_of, under_policy
 from .transformer import WRAPPERS, HostFlux1, host_config, sample_with_table
-from .weights import HostLayers, Numbers, choose_numbers, open_weights
+from .weights import HOSTS, HostLayers, Numbers, choose_numbers, open_weights
 
 __all__ = ["FoundryFlux", "load_model", "spec_of"]
 
 PATCHER = "fluxfoundry_patcher"  # our key among the host's inputs of ``extra_conds``
+CELL, LATENT_CHANNELS = 8, 16  # pixels along a latent's cell, and numbers in it
 REFERENCE_HIDDEN = 3072  # the host's memory factor of FLUX.1 is measured at this width
 
 
@@ -67,11 +73,21 @@ class FoundryFlux(comfy.model_base.Flux):
         self.diffusion_model.eval().requires_grad_(False)
         archive_dtypes(self.diffusion_model)
 
-    def memory_required(self, *args: Any, **kwargs: Any) -> float:
-        """Working memory in bytes: the host's estimate, and the numbers of the largest packed layer."""
-        layers = (layer for layer in self.diffusion_model.modules() if isinstance(layer, PackedLinear))
-        needed: float = super().memory_required(*args, **kwargs)
-        return needed + max((layer.unpacked_bytes for layer in layers), default=0)
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
+        """Working memory in bytes: the host's estimate, and the numbers of the largest packed layer.
+
+        The host asks this of every run before it loads the model, so that a budget knows here what the run takes.
+        """
+        unpacked = max((layer.unpacked_bytes for layer in self._packed_layers()), default=0)
+        for own in residents_of(self):
+            own.working = unpacked + working_bytes(
+                self.spec, self.get_dtype_inference(), job_of(input_shape, cond_shapes)
+            )
+        needed: float = super().memory_required(input_shape, cond_shapes or {})
+        return needed + unpacked
+
+    def _packed_layers(self) -> Iterator[PackedLinear]:
+        return (layer for layer in self.diffusion_model.modules() if isinstance(layer, PackedLinear))
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """The inputs of the denoiser for an entry of a CONDITIONING, made by the model that predicts it.
@@ -118,13 +134,21 @@ class FoundryFlux(comfy.model_base.Flux):
             )
 
 
-def load_model(path: str, dtype: str = "auto", variant: str | None = None, disable_dynamic: bool = False) -> Any:
+def load_model(
+    path: str,
+    dtype: str = "auto",
+    variant: str | None = None,
+    memory: Policy = HOSTS,
+    disable_dynamic: bool = False,
+) -> Any:
     """Load a transformer as the host's patcher.
 
     Args:
         path: A safetensors or GGUF file, or the index of several.
         dtype: Of the weights: "bf16", "fp16" or "fp32"; or "auto", which leaves packed ones packed.
         variant: What it is, where its tensors cannot tell: the name of a spec.
+        memory: How much of it may stay on the device. With any but "auto" all weights stay as they are stored, and
+            ``dtype`` only says what they are computed with.
         disable_dynamic: Leave the host's dynamic VRAM out, which the host asks for when it loads the model again.
 
     Raises:
@@ -133,12 +157,17 @@ def load_model(path: str, dtype: str = "auto", variant: str | None = None, disab
     weights = open_weights(Path(path), "transformer", variant)
     device = comfy.model_management.get_torch_device()
     numbers = choose_numbers(weights, device, dtype)
-    packed = weights.packed(weights.packed_layers) if dtype == "auto" else {}
+    packed = weights.packed(weights.chosen_layers(memory, unpacked=dtype != "auto"))
     model = FoundryFlux(weights.spec, numbers, weights.given)
     offload = comfy.model_management.unet_offload_device()
+    pack_layers(model.diffusion_model, packed, numbers.weights)
     if packed:
-        pack_layers(model.diffusion_model, packed, numbers.weights)
-        patcher = PackedPatcher(model, load_device=device, offload_device=offload)
+        own = Residents(
+            model.diffusion_model, "diffusion_model.", weights, numbers.compute, memory,
+            model.diffusion_model.modulation_layers(),
+        )  # fmt: skip
+        under_policy(model, [own])
+        patcher: Any = FoundryPatcher(model, load_device=device, offload_device=offload)
     else:
         patcher = patch(model, device, offload, plain=disable_dynamic)
     dynamic = is_dynamic(patcher)
@@ -148,8 +177,24 @@ def load_model(path: str, dtype: str = "auto", variant: str | None = None, disab
     model.diffusion_model.requires_grad_(False)
     patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry", sample_with_table)
     patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry tells", sample_and_tell)
-    register_reload(patcher, load_model, path, dtype, variant)
+    register_reload(patcher, load_model, path, dtype, variant, memory)
     return patcher
+
+
+def job_of(shape: Sequence[int], conds: Mapping[str, Any] | None) -> Job:
+    """What the host is about to sample, as memory goes.
+
+    Args:
+        shape: Of the latents, in all that run at once.
+        conds: Shapes of what goes with them, of which references take room.
+    """
+    batch, _, rows, columns = (int(side) for side in shape[:4])
+    cells = sum(math.prod(own) // LATENT_CHANNELS for own in (conds or {}).get("ref_latents", ()))
+    tokens = -(-cells // PATCH**2)
+    return Job(
+        width=columns * CELL, height=rows * CELL, batch=batch,
+        references=((tokens * PATCH * CELL, PATCH * CELL),) if tokens else (),
+    )  # fmt: skip
 
 
 def spec_of(patcher: Any) -> Flux1Spec | None:

@@ -30,10 +30,11 @@ from ...flux.weights.packed import Packed
 from .compat import brought, cast_once
 from .progress import check_cancelled
 
-__all__ = ["PackedLinear", "PackedPatcher", "lend", "pack_layers", "packed_state"]
+__all__ = ["PackedEmbedding", "PackedLinear", "PackedPatcher", "PatchAtUse", "lend", "pack_layers", "packed_state"]
 
 WEIGHT, BIAS = "weight", "bias"
 COMPANION = "stored_"  # before the names of further stored tensors
+SIXTEEN_BITS = ("BF16", "F16")  # names of formats
 UNPACKED_COPIES = 2  # of a layer's weight at a time: the numbers, and as many bytes to make or to patch them
 
 Product = Callable[[Tensor], Tensor]
@@ -88,6 +89,7 @@ class PackedLinear(nn.Module, comfy.ops.CastWeightBiasOp):
         self.weight_function: list[Callable[[Tensor], Tensor]] = []
         self.bias_function: list[Callable[[Tensor], Tensor]] = []
         self.hook: PatchAtUse | None = None
+        self.there: Packed | None = None  # the weight on the device, while it is streamed
         self._names = parameter_names(packed)
         self._skeleton = packed.with_tensors({role: t.to("meta") for role, t in packed.tensors().items()})
         for role, tensor in self._skeleton.tensors().items():
@@ -108,12 +110,13 @@ class PackedLinear(nn.Module, comfy.ops.CastWeightBiasOp):
         Args:
             like: Has the dtype and device of the inputs.
         """
-        names = [*self._names.values(), *([] if self.bias is None else [BIAS])]
+        own = [] if self.there is not None else [*self._names.values()]
+        names = [*own, *([] if self.bias is None else [BIAS])]
         with brought({name: getattr(self, name) for name in names}, like.device) as tensors:
             bias = tensors.get(BIAS)
             if bias is not None:
                 bias = _apply(self.bias_function, bias.to(like.dtype), bias)
-            yield _Lent(self._with(tensors), bias, self._functions())
+            yield _Lent(self.there or self._with(tensors), bias, self._functions())
 
     def packed(self, device: torch.device) -> Packed:
         """The weight as it is stored, on a device, without patches."""
@@ -128,7 +131,9 @@ class PackedLinear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     @property
     def unpacked_bytes(self) -> int:
-        """Bytes that the numbers take for a moment, in a 16-bit type."""
+        """Bytes that the numbers take for a moment, in a 16-bit type; none where they are stored in one."""
+        if all(own.name in SIXTEEN_BITS for own in self._skeleton.formats):
+            return 0
         return UNPACKED_COPIES * self.in_features * self.out_features * torch.bfloat16.itemsize
 
     def _with(self, tensors: Mapping[str, Tensor]) -> Packed:
@@ -136,6 +141,30 @@ class PackedLinear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _functions(self) -> list[Callable[[Tensor], Tensor]]:
         return [*self.weight_function, *([] if self.hook is None else [self.hook])]
+
+
+class PackedEmbedding(nn.Module):
+    """A table with packed rows, of which only those are unpacked that are asked for, wherever the table rests.
+
+    Args:
+        packed: The table; its stored tensors come with ``packed_state``.
+        dtype: Of what it gives.
+    """
+
+    def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.dtype = dtype
+        self._names = parameter_names(packed)
+        self._skeleton = packed.with_tensors({role: t.to("meta") for role, t in packed.tensors().items()})
+        for role, tensor in self._skeleton.tensors().items():
+            self.register_parameter(self._names[role], nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Rows (..., K) by their numbers (...)."""
+        stored = self._skeleton.with_tensors({role: getattr(self, name) for role, name in self._names.items()})
+        rows = stored.rows(input.reshape(-1).to(self.weight.device), self.dtype)
+        return rows.to(input.device).view(*input.shape, self.embedding_dim)
 
 
 class _Lent:
@@ -175,17 +204,24 @@ def parameter_names(packed: Packed) -> dict[str, str]:
     return {role: WEIGHT if role == first else COMPANION + role.replace(".", "_") for role in roles}
 
 
-def pack_layers(module: nn.Module, packed: Mapping[str, Packed], dtype: torch.dtype) -> None:
-    """Put packed layers in the places of linear ones, still without their tensors.
+def pack_layers(
+    module: nn.Module, packed: Mapping[str, Packed], dtype: torch.dtype, rows: torch.dtype = torch.float32
+) -> None:
+    """Put packed layers in the places of linear ones and of tables, still without their tensors.
 
     Args:
         module: Holds the layers.
         packed: Weights by their layers' names.
         dtype: Of biases.
+        rows: Of what tables give.
     """
     for name, weight in packed.items():
         parent, _, own = name.rpartition(".")
-        layer = PackedLinear(weight, _has_bias(module.get_submodule(name)), dtype)
+        before = module.get_submodule(name)
+        if hasattr(before, "num_embeddings"):
+            layer: nn.Module = PackedEmbedding(weight, rows)
+        else:
+            layer = PackedLinear(weight, _has_bias(before), dtype)
         setattr(module.get_submodule(parent), own, layer)
 
 
@@ -250,11 +286,13 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
         force_cast: bool = False,
     ) -> Any:
         layer = self._owner(key)
-        if layer is None:
+        if layer is None and not self._is_table(key):
             changes = {"force_cast": True} if force_cast else {}  # not known to older hosts, which do not ask for it
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **changes)
         stored = comfy.utils.get_attr(self.model, key)
         if return_weight:
+            if layer is None:
+                return stored
             is_weight = key.endswith(f".{WEIGHT}")
             return layer.numbers(torch.float32, device_to, self.patches.get(key, ())) if is_weight else stored
         if key not in self.backup:
@@ -323,6 +361,10 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
         place, _, own = key.rpartition(".")
         layer = comfy.utils.get_attr(self.model, place) if place else None
         return layer if isinstance(layer, PackedLinear) and own != BIAS else None
+
+    def _is_table(self, key: str) -> bool:
+        place, _, _ = key.rpartition(".")
+        return isinstance(comfy.utils.get_attr(self.model, place) if place else None, PackedEmbedding)
 
     def _give_patches(self) -> None:
         """Every packed layer has this patcher's patches once, wherever the host put them or left them out."""

@@ -16,6 +16,7 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from ...flux.memory.policy import Policy
 from ...flux.models.redux import Redux
 from ...flux.models.vision.siglip import SiglipVision
 from ...flux.ops.layers import on_meta
@@ -24,10 +25,11 @@ from ...flux.pipelines.parts import joined
 from ...flux.specs.fit import Given, check_redux, redux_faults
 from ...flux.specs.vision import SiglipSpec
 from .compat import archive_dtypes, is_dynamic, patch, register_reload
-from .packed import PackedPatcher, pack_layers, packed_state
+from .packed import pack_layers, packed_state
 from .preflight import users_files
 from .progress import check_cancelled
-from .weights import HostLayers, Weights, encoder_numbers, open_weights
+from .residents import FoundryPatcher, Residents, under_policy
+from .weights import HOSTS, HostLayers, Weights, encoder_numbers, open_weights
 
 __all__ = ["FoundryClipVision", "FoundryStyleModel", "check_pair", "load_redux", "load_style_model", "load_vision"]
 
@@ -89,12 +91,15 @@ class FoundryStyleModel(comfy.sd.StyleModel):
         return out.to(comfy.model_management.intermediate_device())
 
 
-def load_redux(style_path: str, vision_path: str) -> tuple[FoundryStyleModel, FoundryClipVision]:
+def load_redux(
+    style_path: str, vision_path: str, memory: Policy = HOSTS
+) -> tuple[FoundryStyleModel, FoundryClipVision]:
     """Load a Redux adapter and the vision tower that it takes.
 
     Args:
         style_path: A safetensors or GGUF file.
         vision_path: The same, or a model with such a tower in it.
+        memory: How much of the tower may stay on the device; with any but "auto" weights stay as they are stored.
 
     Raises:
         UserError: A file is missing, damaged or something else.
@@ -105,7 +110,7 @@ def load_redux(style_path: str, vision_path: str) -> tuple[FoundryStyleModel, Fo
     if seen:  # else it cannot be read, of which opening it tells
         tower = next((own for own in seen if own.found.kind == "vision"), None)
         check_pair(adapter.given, tower or Given(Path(vision_path), joined([own.found for own in seen])))
-    return load_style_model(style_path), load_vision(vision_path)
+    return load_style_model(style_path), load_vision(vision_path, memory)
 
 
 def check_pair(adapter: Given, tower: Given) -> None:
@@ -118,11 +123,11 @@ def check_pair(adapter: Given, tower: Given) -> None:
         check_redux(adapter, tower, candidates=users_files(("redux", "vision")))
 
 
-def load_vision(path: str) -> FoundryClipVision:
+def load_vision(path: str, memory: Policy = HOSTS) -> FoundryClipVision:
     """Load a vision tower as the host's CLIP_VISION; see ``load_redux``."""
     weights = open_weights(Path(path), "vision")
-    patcher = _managed(weights, HostSiglip)
-    register_reload(patcher, load_vision_patcher, path)
+    patcher = _managed(weights, HostSiglip, memory)
+    register_reload(patcher, load_vision_patcher, path, memory)
     return FoundryClipVision(patcher, weights.given)
 
 
@@ -134,9 +139,9 @@ def load_style_model(path: str) -> FoundryStyleModel:
     return FoundryStyleModel(patcher, weights.given)
 
 
-def load_vision_patcher(path: str, disable_dynamic: bool = False) -> Any:
+def load_vision_patcher(path: str, memory: Policy, disable_dynamic: bool = False) -> Any:
     """The patcher of ``load_vision``, which the host asks for when it loads the tower again."""
-    return _managed(open_weights(Path(path), "vision"), HostSiglip, plain=disable_dynamic)
+    return _managed(open_weights(Path(path), "vision"), HostSiglip, memory, plain=disable_dynamic)
 
 
 def load_style_patcher(path: str, disable_dynamic: bool = False) -> Any:
@@ -161,24 +166,26 @@ def host_config(spec: SiglipSpec) -> dict[str, Any]:
     }
 
 
-def _managed(weights: Weights, build: Build, *, plain: bool = False) -> Any:
+def _managed(weights: Weights, build: Build, memory: Policy = HOSTS, *, plain: bool = False) -> Any:
     """A module of the host's layers with its weights, in a patcher; where a text encoder would be, as the host's are.
 
     Args:
         weights: What it is made of.
         build: Makes it of its spec.
+        memory: What the user grants.
         plain: Without dynamic VRAM.
     """
     device = comfy.model_management.text_encoder_device()
     offload = comfy.model_management.text_encoder_offload_device()
     numbers = encoder_numbers(weights, device)
-    packed = weights.packed(weights.packed_layers)
+    packed = weights.packed(weights.chosen_layers(memory))
     with on_meta():
         module = build(weights.spec, HostLayers(comfy.ops.manual_cast, numbers))
     archive_dtypes(module)
     if packed:
-        pack_layers(module, packed, numbers.weights)
-        patcher: Any = PackedPatcher(module, load_device=device, offload_device=offload)
+        pack_layers(module, packed, numbers.weights, numbers.compute)
+        under_policy(module, [Residents(module, "", weights, numbers.compute, memory, ())])
+        patcher: Any = FoundryPatcher(module, load_device=device, offload_device=offload)
     else:
         patcher = patch(module, device, offload, plain=plain)
     state = weights.read(numbers.weights, without=packed, streamed=is_dynamic(patcher)) | packed_state(packed, device)

@@ -20,8 +20,9 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...flux.memory.policy import AUTO, Policy
 from ...flux.ops.dtypes import SMALL_MODEL, compute_dtype
-from ...flux.ops.packed import Linear
+from ...flux.ops.packed import Linear, takes_packed
 from ...flux.pipelines.parts import BoundPart, bind_part
 from ...flux.specs.fit import Given
 from ...flux.weights.binding import Binding
@@ -29,10 +30,11 @@ from ...flux.weights.packed import Packed
 from .compat import asked_text_dtype
 from .preflight import users_files
 
-__all__ = ["HostLayers", "Numbers", "Weights", "choose_numbers", "encoder_numbers", "open_weights"]
+__all__ = ["HOSTS", "HostLayers", "Numbers", "Weights", "choose_numbers", "encoder_numbers", "open_weights"]
 
 logger = logging.getLogger(__name__)
 
+HOSTS = Policy()  # as much stays as the host grants
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 NAMED = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by format's name
@@ -126,6 +128,22 @@ class Weights:
             for name, layer in self.bound.module.named_modules()
             if isinstance(layer, Linear) and not _is_plain(self.bound.bindings[f"{name}.weight"])
         )
+
+    @cached_property
+    def packable_layers(self) -> tuple[str, ...]:
+        """Every linear layer and table, which could stay as they are stored."""
+        modules = self.bound.module.named_modules()
+        return tuple(name for name, layer in modules if takes_packed(layer) and f"{name}.weight" in self.bound.bindings)
+
+    def chosen_layers(self, memory: Policy, *, unpacked: bool = False) -> tuple[str, ...]:
+        """The layers that stay as they are stored: all of them, where any is packed or a policy asks for it.
+
+        Args:
+            memory: What the user grants.
+            unpacked: Whether numbers of another type were asked for, which packed weights alone do not stand against.
+        """
+        asked = memory.name != AUTO
+        return self.packable_layers if asked or (self.packed_layers and not unpacked) else ()
 
     def packed(self, layers: Collection[str]) -> dict[str, Packed]:
         """The weights of some layers as they are stored: views of the mapped file, never to be written to."""

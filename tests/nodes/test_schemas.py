@@ -12,8 +12,8 @@ DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 
 # Node ids, inputs in order (widgets are saved by position), outputs in order. New inputs come last.
 CONTRACT = {
-    "FluxFoundryLoadModel": (["model", "dtype", "variant"], ["Model"]),
-    "FluxFoundryLoadTextEncoders": (["clip_l", "t5", "t5_length"], ["Clip"]),
+    "FluxFoundryLoadModel": (["model", "dtype", "variant", "memory", "budget"], ["Model"]),
+    "FluxFoundryLoadTextEncoders": (["clip_l", "t5", "t5_length", "memory", "budget"], ["Clip"]),
     "FluxFoundryLoadAutoencoder": (["vae"], ["Vae"]),
     "FluxFoundryLoadEmbedded": (["model"], ["Model", "Clip", "Vae"]),
     "FluxFoundryTextEncode": (
@@ -59,7 +59,7 @@ CONTRACT = {
     "FluxFoundryCanny": (["image", "low", "high", "automatic"], ["Image"]),
     "FluxFoundryDepth": (["image", "model", "normalisation", "invert"], ["Image"]),
     "FluxFoundryLoadControlLora": (["model", "lora", "strength"], ["Model"]),
-    "FluxFoundryLoadRedux": (["redux", "vision_tower"], ["StyleModel", "ClipVision"]),
+    "FluxFoundryLoadRedux": (["redux", "vision_tower", "memory", "budget"], ["StyleModel", "ClipVision"]),
     "FluxFoundryRedux": (
         [
             "conditioning", "style_model", "clip_vision", "image", "strength", "strength_mode", "detail", "max_tokens",

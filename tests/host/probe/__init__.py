@@ -17,6 +17,8 @@ import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
+from . import memory
+
 KEY = "fluxfoundry"  # of the pack's sampling wrapper
 
 
@@ -255,6 +257,7 @@ class ProbeMemory(io.ComfyNode):
         report = {
             "patcher": type(patcher).__name__,
             "size": patcher.model_size(),
+            "loaded": patcher.loaded_size(),
             "parameters": sum(p.nbytes for p in parameters.values()),
             "dtypes": sorted({str(p.dtype) for p in parameters.values()}),
         }
@@ -274,19 +277,20 @@ def whole(model, network, lora):
 
 
 def partly(model, network, lora):
-    """With a third of the weights loaded, then two, then fewer again."""
+    """With the least that there is loaded, then half of what can be streamed, then a little less again."""
     comfy.model_management.unload_all_models()
     cpu, size, out, loaded = torch.device("cpu"), model.model_size(), {}, []
+    least = sum(own.least for own in model.residents)
     for name, change in {
-        "a third": lambda: model.partially_load(cpu, size // 3),
-        "two": lambda: model.partially_load(cpu, size // 3),
-        "fewer": lambda: model.partially_unload(cpu, size // 4),
+        "least": lambda: model.partially_load(cpu, 1),
+        "half": lambda: model.partially_load(cpu, (size - least) * 0.6),
+        "less": lambda: model.partially_unload(cpu, 1),
     }.items():
         change()
         out[name] = network(*velocity_inputs())
         loaded.append(model.loaded_size())
     model.detach()
-    assert 0 < loaded[0] < loaded[1] < size, loaded
+    assert least == loaded[0] < loaded[1] < size, (least, loaded, size)
     assert loaded[2] < loaded[1], loaded
     return out
 
@@ -330,7 +334,7 @@ def moved(model, network, lora):
     layer, cpu, elsewhere = network.single_blocks[0].linear1, torch.device("cpu"), torch.device("meta")
     holder, bias, layer.bias = torch.nn.Module(), layer.bias, None
     holder.layer = layer
-    patcher = type(model)(holder, load_device=elsewhere, offload_device=cpu)
+    patcher = type(model).__base__(holder, load_device=elsewhere, offload_device=cpu)
     places = {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
     for back in (lambda: patcher.unpatch_model(cpu), lambda: patcher.partially_unload(cpu, patcher.model_size() // 2)):
         patcher.patch_model(elsewhere)
@@ -593,7 +597,7 @@ class Probes(ComfyExtension):
         return [
             ProbeConditioning, ProbeCompare, ProbePick, ProbeModel, ProbeForeignLatent, ProbeTokens, ProbeTable,
             ProbeMemory, ProbeVelocity, ProbeText, ProbeParity,
-            ProbeStyle, ProbePicture, ProbeControls, ProbeConditions,
+            ProbeStyle, ProbePicture, ProbeControls, ProbeConditions, *memory.NODES,
         ]  # fmt: skip
 
 

@@ -1,0 +1,294 @@
+"""Models under a memory policy: which weights stay on the device, within what the host grants, block by block.
+
+``FoundryPatcher`` is to the host a model that is loaded in part. What it keeps is counted where the host counts; when
+the host needs room, blocks go one by one, and what went is streamed from its file while the model runs (see
+``memory.streaming``). Modulation layers never stay: they are lent once for a whole schedule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...flux.memory.accounts import Accounts
+from ...flux.memory.lanes import lane_for
+from ...flux.memory.policy import AUTO, Needs, Policy, weights_limit
+from ...flux.memory.residency import Passed
+from ...flux.memory.spread import Footprint
+from ...flux.memory.streaming import Streamer, Unit
+from ...flux.ops.packed import PackedWeight
+from ...flux.pipelines.modules import block_names
+from ...flux.pipelines.parts import title_of
+from ...flux.pipelines.plan_picture import spelled
+from ...flux.pipelines.planning import Job, working_bytes
+from ...flux.weights.packed import Packed
+from .packed import PackedLinear, PackedPatcher, PatchAtUse
+from .progress import say
+from .weights import Weights
+
+__all__ = ["FoundryPatcher", "Residents", "residents_of", "under_policy"]
+
+logger = logging.getLogger(__name__)
+
+OWN = "fluxfoundry_residents"  # our attribute of a host's model
+ANY = Job(width=1024, height=1024)  # until it is known what is drawn
+EVERYTHING = 1e31  # bytes that the host may load of what we list
+
+
+class _Place:
+    """A packed layer as the streamer sees it."""
+
+    def __init__(self, layer: PackedLinear) -> None:
+        self._layer = layer
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The weight that the layer uses in place of its own."""
+        return self._layer.there
+
+    @packed.setter
+    def packed(self, weight: Packed | None) -> None:
+        self._layer.there = weight
+
+
+class Residents:
+    """One module's weights: those that stay, and those that come when they are used.
+
+    Args:
+        module: Of the host's layers, of packed ones wherever the engine's module has linear ones or tables.
+        prefix: Of the module's names in the host's model.
+        weights: What it is made of.
+        dtype: Of its numbers where they are used.
+        policy: What the user grants.
+        apart: Layers that never stay.
+
+    Attributes:
+        footprint: What is where now; None while nothing is loaded.
+        title: What it is called.
+        working: Bytes that a run takes besides. Only a transformer's depend on what is drawn, of which it is told.
+    """
+
+    def __init__(
+        self, module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype, policy: Policy, apart: Iterable[str]
+    ) -> None:
+        self.module, self.prefix, self.policy, self.apart = module, prefix, policy, tuple(apart)
+        self.title = title_of(weights.spec)
+        self.footprint: Footprint | None = None
+        self.working = 0 if policy.budget is None else working_bytes(weights.spec, dtype, ANY)
+        self._bindings = weights.bound.bindings
+        self.accounts = Accounts(
+            weights.bound.module, self._bindings,
+            item=max(dtype.itemsize, weights.stored.itemsize), keeps_packed=True,
+            blocks=block_names(weights.bound.module),
+        )  # fmt: skip
+        self._streamer: Streamer | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._streamed: tuple[int, ...] = ()
+        self._passed = Passed()
+
+    def choose(self, granted: int | None) -> Footprint:
+        """What takes how much under the policy and what the host grants; None for no limit of its own.
+
+        Raises:
+            UserError: A budget is below what the model can do with.
+        """
+        accounts, limits = self.accounts, [granted]
+        if self.policy.name != AUTO:
+            whole, least = accounts.footprint(self.apart), accounts.footprint(self.apart, 0)
+            limits.append(weights_limit(self.policy, Needs(whole.device_bytes, least.device_bytes, self.working), 0))
+        known = [limit for limit in limits if limit is not None]
+        return accounts.footprint(self.apart, min(known) if known else None)
+
+    @property
+    def least(self) -> int:
+        """Bytes that stay in any case."""
+        return self.accounts.footprint(self.apart, 0).device_bytes
+
+    @property
+    def away(self) -> set[str]:
+        """The layers, by their names in the host's model, that do not stay."""
+        if self.footprint is None:
+            return set()
+        blocks = (self.accounts.blocks[place] for place in self.footprint.blocks.streamed)
+        weights = [name for block in blocks for name in self.accounts.names_in(block, self.apart)]
+        layers = [name.rpartition(".")[0] for name in (*weights, *self.footprint.fetched)]
+        return {f"{self.prefix}{name}" for name in (*layers, *self.apart)}
+
+    @property
+    def passed(self) -> Passed:
+        """What was streamed so far, and how long blocks waited for it."""
+        before, streamer = self._passed, self._streamer
+        return before if streamer is None else Passed(before.bytes + streamer.brought, before.waited + streamer.waited)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes on the device, the ring among them."""
+        return 0 if self.footprint is None else self.footprint.device_bytes
+
+    def stream(self, device: torch.device) -> None:
+        """Have the blocks that do not stay come as they are used; nothing is done where they do already."""
+        streamed = () if self.footprint is None else self.footprint.blocks.streamed
+        if streamed == self._streamed:
+            return
+        self.close()
+        if not streamed:
+            return
+        units = [self._unit(place) for place in streamed]
+        self._streamer, self._streamed = Streamer(units, lane_for(device, say)), streamed
+        for place in streamed:
+            block = self.module.get_submodule(self.accounts.blocks[place])
+            before, after = partial(_call, self._streamer.before, place), partial(_call, self._streamer.after, place)
+            self._hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+
+    def close(self) -> None:
+        """Stream nothing any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._streamer is not None:
+            self._passed = self.passed
+            self._streamer.close()
+        self._streamer, self._streamed = None, ()
+
+    def _unit(self, place: int) -> Unit:
+        names = self.accounts.names_in(self.accounts.blocks[place], self.apart)
+        layers = ((name, self.module.get_submodule(name.rpartition(".")[0])) for name in names)
+        return Unit(place, tuple((_Place(layer), self._bindings[name]) for name, layer in layers))
+
+
+def under_policy(model: nn.Module, residents: Sequence[Residents]) -> None:
+    """Note on a host's model what of it is under a policy, for all patchers that it will have."""
+    setattr(model, OWN, tuple(residents))
+
+
+def residents_of(model: nn.Module) -> tuple[Residents, ...]:
+    """What of a host's model is under a policy."""
+    own: tuple[Residents, ...] = getattr(model, OWN, ())
+    return own
+
+
+class FoundryPatcher(PackedPatcher):
+    """The host's patcher for a model under a memory policy; see the module."""
+
+    @property
+    def residents(self) -> tuple[Residents, ...]:
+        """Of the model, whoever else patches it."""
+        return residents_of(self.model)
+
+    def model_size(self) -> int:
+        """Bytes that will be on the device under the policy, which is what the host makes room for."""
+        return sum(own.choose(None).device_bytes for own in self.residents)
+
+    def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+        """Bring in what may stay; patches, which act at use, do not make it load anything again."""
+        if all(self._owner(key) is not None for key in (*self.patches, *self.backup)):
+            self.model.current_weight_patches_uuid = self.patches_uuid
+        brought: int = super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+        self._give_patches()
+        return brought
+
+    def load(
+        self, device_to: Any = None, lowvram_model_memory: float = 0, force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:  # fmt: skip
+        self._settle(None if full_load else int(lowvram_model_memory))
+        super().load(device_to, EVERYTHING, force_patch_weights, full_load=False)
+        self._account(device_to)
+        self._give_patches()
+        self._tell()
+
+    def partially_unload(
+        self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False
+    ) -> int:  # fmt: skip
+        """Give back blocks until so many bytes are free, or none is left that could be streamed; returns the bytes."""
+        before = int(self.loaded_size())
+        with self.use_ejected():
+            self._settle(max(0, int(before - memory_to_free)))
+            self._account(self.model.device)
+            self._give_patches()
+        self._tell()
+        return before - int(self.loaded_size())
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            for own in self.residents:
+                own.close()
+                own.footprint = None
+
+    def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """What the host may load: each entry ends in a layer's name, the layer, and its parameters."""
+        away = {name for own in self.residents for name in own.away}
+        listed: list[Any] = super()._load_list(*args, **kwargs)
+        return [entry for entry in listed if entry[-3] not in away]
+
+    def _settle(self, granted: int | None) -> None:
+        """Choose what stays of what the host grants to all modules together, and let go of the rest."""
+        left = granted
+        for index, own in enumerate(self.residents):
+            others = sum(other.least for other in self.residents[index + 1 :])
+            own.footprint = own.choose(None if left is None else max(0, left - others))
+            left = None if left is None else left - own.footprint.device_bytes
+        for name in {name for own in self.residents for name in own.away}:
+            self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        """Put a layer's stored tensors back where they rest."""
+        layer = comfy.utils.get_attr(self.model, name)
+        if not getattr(layer, "comfy_patched_weights", False):
+            return
+        for own, _ in layer.named_parameters(recurse=False):
+            kept = self.backup.pop(f"{name}.{own}", None)
+            if kept is not None:
+                comfy.utils.set_attr_param(self.model, f"{name}.{own}", kept.weight)
+        layer.comfy_patched_weights = False
+
+    def _account(self, device: torch.device) -> None:
+        """Have what stays counted, and the rest come as it is used."""
+        self.model.model_loaded_weight_memory = sum(own.resident_bytes for own in self.residents)
+        self.model.model_lowvram = any(own.away for own in self.residents)
+        for name in {name for own in self.residents for name in own.away}:
+            _bring_bias(comfy.utils.get_attr(self.model, name), device)
+        for own in self.residents:
+            own.stream(device)
+
+    def _give_patches(self) -> None:
+        """Biases of what the host was not told of are patched at use, as weights are."""
+        super()._give_patches()
+        for name in {name for own in self.residents for name in own.away}:
+            layer, key = comfy.utils.get_attr(self.model, name), f"{name}.bias"
+            if isinstance(layer, PackedLinear):
+                layer.bias_function = [PatchAtUse(key, self.patches[key])] if key in self.patches else []
+
+    def _tell(self) -> None:
+        for line in self._lines():
+            logger.info("FLUX Foundry: %s", line)
+
+    def _lines(self) -> Iterator[str]:
+        for own in self.residents:
+            if own.footprint is not None:
+                blocks = own.footprint.blocks
+                yield (
+                    f"{own.title}: {spelled(own.resident_bytes)} stay, {len(blocks.streamed)} of "
+                    f"{len(blocks.kept)} blocks are streamed ({own.policy})"
+                )
+
+
+def _bring_bias(layer: nn.Module, device: torch.device) -> None:
+    """Biases are small, and stay."""
+    bias: Tensor | None = getattr(layer, "bias", None)
+    if isinstance(layer, PackedLinear) and bias is not None and bias.device != device:
+        layer.bias = nn.Parameter(comfy.model_management.cast_to_device(bias, device, bias.dtype), requires_grad=False)
+
+
+def _call(listener: Any, place: int, *_: object) -> None:
+    """A module's hook."""
+    listener(place)

@@ -1,0 +1,176 @@
+"""Probes of what stays on the device, and of how the host takes it back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+CPU = torch.device("cpu")
+LAYER = "diffusion_model.single_blocks.1.linear1.weight"
+
+
+def velocity(model):
+    """Of fixed inputs."""
+    generator = torch.Generator().manual_seed(3)
+    x, tokens, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 8, 8), (1, 32, 192), (1, 128)))
+    return model.model.diffusion_model(x, torch.tensor([0.7]), tokens, pooled, torch.tensor([3.0]))
+
+
+def streamed(model):
+    """The places of blocks that are streamed."""
+    [own] = model.residents
+    return list(own.footprint.blocks.streamed)
+
+
+def probe(name, execute):
+    """An output node that takes a MODEL and reports what a function of it says."""
+
+    class Probe(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            inputs = [io.Model.Input("model")]
+            return io.Schema(name, category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+        @classmethod
+        def execute(cls, model):
+            return io.NodeOutput(ui={"report": [json.dumps(execute(model))]})
+
+    Probe.__name__ = name
+    return Probe
+
+
+def residents(model):
+    """What the host counts of a loaded model, and what is there."""
+    comfy.model_management.load_models_gpu([model])
+    [own] = model.residents
+    return {
+        "size": model.model_size(), "loaded": model.loaded_size(), "resident": own.resident_bytes,
+        "whole": own.accounts.footprint().device_bytes, "streamed": streamed(model),
+        "blocks": len(own.accounts.blocks),
+    }  # fmt: skip
+
+
+def give_way(model):
+    """Asked for a little again and again, then loaded as before."""
+    comfy.model_management.load_models_gpu([model])
+    [own] = model.residents
+    before, asked = velocity(model), 100
+    report = {"asked": asked, "freed": [], "streamed": [], "blocks": len(own.accounts.blocks), "equal": True}
+    while own.resident_bytes > own.least:
+        report["freed"].append(model.partially_unload(CPU, asked))
+        report["streamed"].append(len(streamed(model)))
+        report["equal"] &= torch.equal(velocity(model), before)
+    comfy.model_management.load_models_gpu([model])
+    return {**report, "back": model.loaded_size(), "size": model.model_size()}
+
+
+@contextlib.contextmanager
+def small_card(room, *models):
+    """The host as on a card of so many bytes, on which nothing else is, with its own rules of who gives way."""
+    management = comfy.model_management
+    management.unload_all_models()
+
+    def free(dev=None, torch_free_too=False):
+        left = room - sum(model.loaded_size() for model in models)
+        return (left, left) if torch_free_too else left
+
+    pretended = {
+        "is_device_cpu": lambda device: False, "get_free_memory": free, "minimum_inference_memory": lambda: 0,
+        "extra_reserved_memory": lambda: 0, "lowvram_available": True, "vram_state": management.VRAMState.NORMAL_VRAM,
+        "MIN_WEIGHT_MEMORY_RATIO": 0.0,
+    }  # fmt: skip
+    before = {name: getattr(management, name) for name in pretended}
+    devices = [model.load_device for model in models]
+    try:
+        for name, value in pretended.items():
+            setattr(management, name, value)
+        for model in models:
+            model.load_device = torch.device("cpu", 0)  # to the host another device than the one where models rest
+        yield free
+    finally:
+        management.unload_all_models()
+        for name, value in before.items():
+            setattr(management, name, value)
+        for model, device in zip(models, devices, strict=True):
+            model.load_device = device
+
+
+class ProbeSmallCard(io.ComfyNode):
+    """Two models in turn where there is room for one and a half; reports what each has, and whether both still run."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Model.Input("one"), io.Model.Input("other"), io.Float.Input("share", default=1.5)]
+        return io.Schema("ProbeSmallCard", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, one, other, share):
+        expected = [velocity(model) for model in (one, other)]
+        room, rounds = int(share * one.model_size()), []
+        with small_card(room, one, other) as free:
+            for turn in range(6):
+                model = (one, other)[turn % 2]
+                comfy.model_management.load_models_gpu([model])
+                rounds.append({
+                    "running": model.loaded_size(), "waiting": (other, one)[turn % 2].loaded_size(), "free": free(),
+                    "equal": torch.equal(velocity(model), expected[turn % 2]),
+                })  # fmt: skip
+        report = {"room": room, "size": one.model_size(), "rounds": rounds}
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
+def patched(model):
+    """With a patch that comes and goes."""
+    comfy.model_management.load_models_gpu([model])
+    [own] = model.residents
+    plain, streamer = velocity(model), own._streamer
+    other = model.clone()
+    other.add_patches({LAYER: ("diff", (torch.full((1792, 256), 0.01),))})
+    comfy.model_management.load_models_gpu([other])
+    changed = velocity(other)
+    stays = own._streamer is streamer
+    comfy.model_management.load_models_gpu([model])
+    stays &= own._streamer is streamer
+    return {
+        "streamer_stays": stays, "changed": float((changed - plain).abs().max()),
+        "back": float((velocity(model) - plain).abs().max()),
+    }  # fmt: skip
+
+
+class ProbeThreads(io.ComfyNode):
+    """Reports how many threads read weights."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            "ProbeThreads", category="probe", inputs=[io.Latent.Input("latent")], outputs=[], is_output_node=True
+        )
+
+    @classmethod
+    def execute(cls, latent):
+        readers = sum(thread.name.startswith("weights") for thread in threading.enumerate())
+        return io.NodeOutput(ui={"report": [json.dumps({"readers": readers})]})
+
+
+class ProbeSeen(io.ComfyNode):
+    """Reports what a vision tower saw."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.ClipVisionOutput.Input("seen")]
+        return io.Schema("ProbeSeen", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, seen):
+        return io.NodeOutput(ui={"report": [json.dumps({"last": seen.last_hidden_state.flatten().tolist()})]})
+
+
+NODES = [
+    probe("ProbeResidents", residents), probe("ProbeGiveWay", give_way), ProbeSmallCard,
+    probe("ProbePatched", patched), ProbeThreads, ProbeSeen,
+]  # fmt: skip

@@ -1,0 +1,151 @@
+"""Memory policies in the host: what stays, what is given back, and that pictures do not notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from client import Host, Prompt
+from graph import core_sampler, node, our_sampler, start
+
+MODEL = "embedded: flux1-mini"
+POLICIES = ("keep", "balance", "save")
+STEPS = 3
+
+
+def load(name: str = "model", model: str = MODEL, **settings: Any) -> Prompt:
+    return {name: node("FluxFoundryLoadModel", model=model, dtype="auto", **settings)}
+
+
+def compare(host: Host, models: Prompt, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    prompt = {**start(), **models, "a": a, "b": b, "compare": node("ProbeCompare", a=["a", 0], b=["b", 0])}
+    report: dict[str, Any] = host.succeed(prompt).report()
+    return report
+
+
+@pytest.mark.parametrize("sampler", [our_sampler, core_sampler])
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_pictures_are_the_same_under_every_policy(host: Host, policy: str, sampler: Any) -> None:
+    models = {**load("keep", memory="keep"), **load("other", memory=policy)}
+    report = compare(host, models, sampler("keep", steps=STEPS), sampler("other", steps=STEPS))
+    assert report["equal"]
+    assert report["spread"] > 0.1
+
+
+def test_weights_that_are_kept_as_they_are_stored_draw_what_the_hosts_layers_draw(host: Host) -> None:
+    models = {**load("keep", memory="keep"), **load("auto")}
+    report = compare(host, models, our_sampler("keep", steps=STEPS), our_sampler("auto", steps=STEPS))
+    assert report["largest"] < 1e-3 * report["spread"]
+
+
+def test_what_the_host_counts_is_what_the_policy_leaves(host: Host) -> None:
+    found = {}
+    for policy in POLICIES:
+        prompt = {**load(memory=policy), "out": node("ProbeResidents", model=["model", 0])}
+        found[policy] = host.succeed(prompt).report()
+        assert found[policy]["loaded"] == found[policy]["size"] == found[policy]["resident"]
+    assert found["save"]["loaded"] < found["balance"]["loaded"] < found["keep"]["loaded"] < found["keep"]["whole"]
+    assert found["keep"]["streamed"] == []
+    assert len(found["save"]["streamed"]) == found["save"]["blocks"]
+
+
+def test_the_host_takes_blocks_back_one_by_one_and_the_model_gives_the_same(host: Host) -> None:
+    prompt = {**load(memory="keep"), "out": node("ProbeGiveWay", model=["model", 0])}
+    report = host.succeed(prompt).report()
+    assert report["freed"]
+    assert all(freed >= report["asked"] for freed in report["freed"])
+    assert report["streamed"] == sorted(set(report["streamed"]))
+    assert report["streamed"][-1] == report["blocks"]
+    assert report["equal"]
+    assert report["back"] == report["size"]
+
+
+@pytest.mark.parametrize("share", [1.8, 0.8])
+def test_two_models_in_turn_share_a_small_card(host: Host, share: float) -> None:
+    models = {**load("one", memory="keep"), **load("other", "flux1-mini.safetensors", memory="keep")}
+    prompt = {**models, "out": node("ProbeSmallCard", one=["one", 0], other=["other", 0], share=share)}
+    report = host.succeed(prompt).report()
+    for turn in report["rounds"]:
+        assert turn["equal"]
+        assert turn["free"] >= 0
+        assert turn["running"] > turn["waiting"]
+    assert (report["rounds"][-1]["running"] == report["size"]) == (share > 1)
+    assert (report["rounds"][-1]["waiting"] > 0) == (share > 1)
+
+
+def test_a_budget_below_the_least_is_answered_with_the_least(host: Host) -> None:
+    prompt = {**start(), **load(memory="budget", budget=0.1), "a": our_sampler("model", steps=STEPS)}
+    prompt["empty"] = node("EmptySD3LatentImage", width=1024, height=1024, batch_size=4)
+    prompt["out"] = node("ProbeCompare", a=["a", 0], b=["a", 0])
+    outcome = host.run(prompt)
+    assert outcome.status == "error"
+    assert "below the least that this takes" in str(outcome.error)
+
+
+def test_a_budget_that_fits_is_kept(host: Host) -> None:
+    prompt = {**load(memory="budget", budget=1.0), "out": node("ProbeResidents", model=["model", 0])}
+    assert host.succeed(prompt).report()["streamed"] == []
+
+
+def test_a_lora_under_a_policy_draws_what_it_draws_without_and_reloads_nothing(host: Host) -> None:
+    prompt = {**load(memory="save"), "out": node("ProbePatched", model=["model", 0])}
+    report = host.succeed(prompt).report()
+    assert report["streamer_stays"]
+    assert report["changed"] > 0
+    assert report["back"] == 0
+
+
+def test_what_is_dropped_leaves_no_thread_behind(host: Host) -> None:
+    counts = []
+    for turn in range(4):
+        prompt = {
+            **start(), **load(memory=("save", "balance")[turn % 2]), "a": our_sampler("model", steps=1, seed=turn),
+            "out": node("ProbeThreads", latent=["a", 0]),
+        }  # fmt: skip
+        counts.append(host.succeed(prompt).report()["readers"])
+    assert max(counts) <= 2
+
+
+def encoders(policy: str) -> Prompt:
+    return {
+        "clip": node(
+            "FluxFoundryLoadTextEncoders", clip_l="embedded: clip-mini", t5="embedded: t5-mini", t5_length="256",
+            memory=policy,
+        ),
+    }  # fmt: skip
+
+
+def test_text_encoders_give_the_same_under_every_policy(host: Host) -> None:
+    found = {}
+    for policy in ("auto", *POLICIES):
+        text = node("CLIPTextEncode", clip=["clip", 0], text="a (red:1.2) circle")
+        prompt = {**encoders(policy), "text": text, "out": node("ProbeText", text=["text", 0])}
+        found[policy] = host.succeed(prompt).report()
+    assert found["keep"] == found["balance"] == found["save"]
+    for key, numbers in found["auto"].items():
+        assert found["save"][key] == pytest.approx(numbers, abs=1e-4)
+
+
+def test_a_vision_tower_sees_the_same_under_every_policy(host: Host) -> None:
+    found = {}
+    for policy in POLICIES:
+        prompt = {
+            "redux": node("FluxFoundryLoadRedux", redux="embedded: flux1-redux-mini", vision_tower="embedded: siglip-mini",
+                          memory=policy),
+            "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=0xFF8000),
+            "seen": node("CLIPVisionEncode", clip_vision=["redux", 1], image=["picture", 0], crop="center"),
+            "out": node("ProbeSeen", seen=["seen", 0]),
+        }  # fmt: skip
+        found[policy] = host.succeed(prompt).report()
+    assert found["keep"] == found["balance"] == found["save"]
+    assert any(found["keep"]["last"])
+
+
+def test_a_control_lora_is_followed_under_a_policy(host: Host) -> None:
+    loras = {
+        name: node("FluxFoundryLoadControlLora", model=[model, 0], lora="embedded: flux1-canny-mini-lora", strength=1.0)
+        for name, model in (("a lora", "keep"), ("b lora", "other"))
+    }
+    models = {**load("keep", memory="keep"), **load("other", memory="save"), **loras}
+    report = compare(host, models, our_sampler("a lora", steps=STEPS), our_sampler("b lora", steps=STEPS))
+    assert report["equal"]
