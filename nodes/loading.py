@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..flux.memory.policy import BUDGET, POLICIES
 from .bridge.paths import CLIPS, EMBEDDED_MODELS, MODELS, T5S, VAES, Choice, resolve_embedded
 from .fields import ROOT, budget, dtype, memory, policy, schema
 
@@ -128,16 +129,27 @@ class LoadAutoencoder(io.ComfyNode):
             search_aliases=["vae loader", "load vae", "ae.safetensors"],
             inputs=[
                 file_combo("vae", VAES, "FLUX.1's autoencoder in ComfyUI's vae folder (ae.safetensors)."),
+                io.Combo.Input(
+                    "memory",
+                    options=[*POLICIES, BUDGET],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="Whether pictures are encoded and decoded in one piece, or in strips of rows, which take "
+                    "a third of the memory and twice the time, and leave no seams. auto: in strips where one piece "
+                    "would not fit. keep: in one piece. balance: in strips from about 1 GiB on. save: in strips. "
+                    "budget: in strips where one piece would take more than the number of GiB below.",
+                ),
+                budget(),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip=VAE_TOOLTIP)],
         )
 
     @classmethod
-    def execute(cls, vae: str) -> io.NodeOutput:
+    def execute(cls, vae: str, memory: str = AUTO, budget: float = 0.0) -> io.NodeOutput:
         from .bridge.preflight import show_loaded
         from .bridge.vae import load_vae
 
-        loaded = load_vae(str(VAES.resolve(vae)))
+        loaded = load_vae(str(VAES.resolve(vae)), policy(memory, budget))
         show_loaded(loaded.given)
         return io.NodeOutput(loaded)
 

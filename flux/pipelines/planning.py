@@ -50,6 +50,7 @@ ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages
 PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
 PACKED_PER_THREAD = 17 << 20  # bytes; ``benchmarks.planned`` found 33 to 39 MiB with two threads, in every case alike
 LARGE_STORED = 50 << 20  # bytes of weights, from which on matrices are large enough for that
+IN_STRIPS = {"decode": 2.0, "encode": 1.5}  # times the operations: what stands before norms is computed again
 PLENTY = 0.25  # of free memory: the rest is far more than a run's activations
 LONG = torch.int64
 
@@ -205,10 +206,20 @@ def plan_run(
     return RunPlan(tuple(stages), policy, device, available, rates)
 
 
-def working_bytes(spec: Any, dtype: torch.dtype, job: Job) -> int:
-    """Bytes of activations that a transformer, a text encoder or a vision tower takes at once."""
-    stage = "vision" if isinstance(spec, SiglipSpec) else ALONE[type(spec)]
-    return _work(spec, stage, dtype, job).peak
+def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = None, *, in_strips: bool = False) -> int:
+    """Bytes of activations that a part takes at once.
+
+    Args:
+        spec: Of the part.
+        dtype: That it computes with.
+        job: What is drawn.
+        stage: What it does: "encode" or "decode" of an autoencoder, the part's only one when None.
+        in_strips: Whether an autoencoder runs in strips of rows.
+    """
+    only = "vision" if isinstance(spec, SiglipSpec) else ALONE.get(type(spec))
+    wanted = stage or only
+    assert wanted is not None
+    return _work(spec, wanted, dtype, job, in_strips=in_strips).peak
 
 
 def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:
@@ -232,9 +243,11 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     packing = _packing_bytes() if on_cpu and accounts.stored_bytes() > LARGE_STORED else 0
     needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed) + packing)
     in_strips = isinstance(part.spec, AutoencoderSpec) and needs_strips(policy, needs, available)
+    operations = found.operations
     if in_strips:
         found = _work(part.spec, name, part.dtype, job, in_strips=True)
         needs = replace(needs, working=found.peak + packing)
+        operations *= IN_STRIPS[name]
     limit = weights_limit(policy, needs, available)
     footprint = accounts.footprint(apart, limit)
     return StagePlan(
@@ -246,7 +259,7 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
         workspace=max(packed, streamed if footprint.blocks.streamed else 0) + packing,
         once=accounts.stored_bytes() - accounts.stored_bytes(apart),
         passes=_passes(name, job),
-        operations=found.operations,
+        operations=operations,
         limit=limit,
         in_strips=in_strips,
     )

@@ -22,11 +22,12 @@ from ..ops.attention import attention
 from ..specs.autoencoder import AutoencoderSpec
 from .parts import MeteredPart, Part
 
-__all__ = ["AnyPart", "Striped", "StripedPart", "decode_in_strips", "moments_in_strips"]
+__all__ = ["AnyPart", "Striped", "StripedPart", "decode_in_strips", "decode_mean_in_strips", "moments_in_strips"]
 
 STRIP_BYTES = 16 << 20  # of a map, about which a strip is high
 ITEM = 4  # bytes of a number, in which norms compute
 LEAST_ROWS = 8  # of a strip: of fewer, the rows that neighbours share are most of the work
+ALIKE = 3  # strips, of which the one between the first and the last is as all others that there may be
 QUERIES = 1024  # that attend at once
 
 Size = tuple[int, int, int, int]
@@ -190,11 +191,21 @@ def _statistics(source: Map, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _strips(source: Map) -> Iterator[tuple[int, Tensor]]:
-    """A map strip by strip, each with the number of its first row."""
+    """A map strip by strip, each with the number of its first row.
+
+    On the meta device, where shapes are all that there is, strips between the second and the last are left out.
+    """
     height = source.size[2]
     step = max(LEAST_ROWS, STRIP_BYTES // (source.widest * ITEM))
-    for first in range(0, height, step):
-        yield first, source.rows(first, min(height, first + step))
+    places = list(range(0, height, step))
+    for index, first in enumerate(places):
+        strip = source.rows(first, min(height, first + step))
+        yield first, strip
+        if strip.is_meta and index == 1 and len(places) > ALIKE:
+            break
+    else:
+        return
+    yield places[-1], source.rows(places[-1], height)
 
 
 def _made(source: Map) -> Whole:
@@ -242,8 +253,13 @@ def _shares(count: int) -> list[int]:
 
 def decode_in_strips(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     """``Autoencoder.decode``: scaled latents (B, C, h, w) to pictures (B, 3, H, W)."""
+    return decode_mean_in_strips(autoencoder, autoencoder.from_model(latents))
+
+
+def decode_mean_in_strips(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """``Autoencoder.decode_mean``: pictures from latents in the autoencoder's own space."""
     decoder: Decoder = autoencoder.decoder
-    x: Map = _middle(Convolved(Whole(autoencoder.from_model(latents)), decoder.conv_in), decoder.mid)
+    x: Map = _middle(Convolved(Whole(latents), decoder.conv_in), decoder.mid)
     for level in reversed(decoder.up):
         for block in _blocks(level):
             x = _res_block(x, block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,47 @@ import torch
 from torch import Tensor
 
 from ...flux.errors import MismatchError, NumericError
+from ...flux.memory.policy import Needs, Policy, needs_strips, weights_limit
 from ...flux.models.autoencoder import Autoencoder
+from ...flux.pipelines.planning import Job, working_bytes
+from ...flux.pipelines.strips import decode_mean_in_strips, moments_in_strips
 from ...flux.specs.autoencoder import FLUX1 as FLUX1_AE
 from ...flux.specs.autoencoder import AutoencoderSpec
 from ...flux.specs.fit import Given
-from .compat import archive_dtypes, patch, register_reload
+from .compat import archive_dtypes, patch, register_reload, to_intermediate
 from .preflight import MODEL, check_together
-from .weights import open_weights
+from .progress import say
+from .weights import HOSTS, open_weights
 
 __all__ = ["LATENT_OWNER", "FoundryVAE", "decode_latent", "load_vae"]
 
 LATENT_OWNER = "fluxfoundry_autoencoder"  # our key in a LATENT: the autoencoder whose space it is in
 ENCODE_BYTES, DECODE_BYTES = 1767, 2178  # working memory by pixel and byte of a number, as the host measured FLUX.1's
 REFERENCE_CHANNELS = 128
+LIBRARIES = 512 << 20  # bytes that libraries for convolutions may take besides, on a GPU
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 
 
 class HostAutoencoder(Autoencoder):
-    """``Autoencoder`` in the latent space that the host expects of a VAE: neither scaled nor shifted."""
+    """``Autoencoder`` in the latent space that the host expects of a VAE: neither scaled nor shifted.
+
+    Attributes:
+        in_strips: Whether it runs in strips of rows, which gives the same picture in less memory.
+    """
+
+    in_strips = False
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to the posterior's mean."""
-        return self.encode_mean(pixels)
+        if not self.in_strips:
+            return self.encode_mean(pixels)
+        return torch.cat([moments_in_strips(self, one).chunk(2, dim=1)[0] for one in pixels.split(1)])
 
     def decode(self, latents: Tensor, **_: Any) -> Tensor:
         """Back to pictures."""
-        return self.decode_mean(latents)
+        if not self.in_strips:
+            return self.decode_mean(latents)
+        return torch.cat([decode_mean_in_strips(self, one) for one in latents.split(1)])
 
 
 class FoundryVAE(comfy.sd.VAE):
@@ -45,8 +61,11 @@ class FoundryVAE(comfy.sd.VAE):
     The host's own constructor only knows its own modules, so that everything it would set is set here.
     """
 
-    def __init__(self, module: HostAutoencoder, given: Given, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: HostAutoencoder, given: Given, device: torch.device, dtype: torch.dtype, memory: Policy = HOSTS
+    ) -> None:
         spec: AutoencoderSpec = module.spec
+        self.memory = memory
         self.spec, self.first_stage_model, self.given = spec, module, given
         self.device, self.vae_dtype = device, dtype
         self.output_device = comfy.model_management.intermediate_device()
@@ -65,13 +84,43 @@ class FoundryVAE(comfy.sd.VAE):
         self.model_size()
 
     def _set_memory(self, spec: AutoencoderSpec) -> None:
+        """The host makes room for what these say, of shapes of latents and of pictures."""
         share = spec.base_channels / REFERENCE_CHANNELS
         bytes_of = comfy.model_management.dtype_size
         area = spec.downscale**2
-        self.memory_used_encode = lambda shape, dtype: ENCODE_BYTES * share * shape[2] * shape[3] * bytes_of(dtype)
-        self.memory_used_decode = lambda shape, dtype: (
-            DECODE_BYTES * share * shape[2] * shape[3] * area * bytes_of(dtype)
-        )
+
+        def encoding(shape: Sequence[int], dtype: torch.dtype) -> float:
+            whole = ENCODE_BYTES * share * shape[2] * shape[3] * bytes_of(dtype)
+            return self._needed("encode", (int(shape[2]), int(shape[3])), whole)
+
+        def decoding(shape: Sequence[int], dtype: torch.dtype) -> float:
+            whole = DECODE_BYTES * share * shape[2] * shape[3] * area * bytes_of(dtype)
+            return self._needed("decode", (int(shape[2]) * spec.downscale, int(shape[3]) * spec.downscale), whole)
+
+        self.memory_used_encode, self.memory_used_decode = encoding, decoding
+
+    def _needed(self, stage: str, size: tuple[int, int], whole: float) -> float:
+        """Working memory for a picture of a size in pixels; decides whether it is done in one piece, or in strips.
+
+        Raises:
+            UserError: A budget is below what strips take.
+        """
+        weights = comfy.model_management.module_size(self.first_stage_model)
+        needs = Needs(weights, weights, int(whole))
+        strips = needs_strips(self.memory, needs, self._reachable())
+        self.first_stage_model.in_strips = strips
+        if not strips:
+            return whole
+        job = Job(height=size[0], width=size[1])
+        needed = LIBRARIES + working_bytes(self.spec, self.vae_dtype, job, stage, in_strips=True)
+        weights_limit(self.memory, Needs(weights, weights, needed), self._reachable())
+        return needed
+
+    def _reachable(self) -> int:
+        """Bytes on the device that are free, or that the host could free."""
+        management = comfy.model_management
+        others = (own for own in management.current_loaded_models if own.device == self.device)
+        return int(management.get_free_memory(self.device)) + sum(int(own.model_loaded_memory()) for own in others)
 
     def _set_unused(self) -> None:
         """What only other families' VAEs use, but the host reads of every one."""
@@ -89,17 +138,40 @@ class FoundryVAE(comfy.sd.VAE):
         check_channels(samples_in, self.latent_channels, self.spec.name)
         return super().decode(samples_in, *args, **kwargs)
 
+    def decode_tiled_(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the host does when memory ran out: strips, which leave no seams, in place of its tiles."""
+        if args or kwargs:
+            tiled: Tensor = super().decode_tiled_(samples, *args, **kwargs)
+            return tiled
+        say("memory ran out while the picture was decoded in one piece: it is decoded in strips")
+        self.first_stage_model.in_strips = True
+        made = [self.first_stage_model.decode(one.to(self.device, self.vae_dtype)) for one in samples.split(1)]
+        pictures = torch.cat([to_intermediate(one.float()) for one in made])
+        processed: Tensor = self.process_output(pictures)
+        return processed
+
+    def encode_tiled_(self, pixel_samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Likewise."""
+        if args or kwargs:
+            tiled: Tensor = super().encode_tiled_(pixel_samples, *args, **kwargs)
+            return tiled
+        say("memory ran out while the picture was encoded in one piece: it is encoded in strips")
+        self.first_stage_model.in_strips = True
+        pixels = (self.process_input(one).to(self.device, self.vae_dtype) for one in pixel_samples.split(1))
+        return torch.cat([to_intermediate(self.first_stage_model.encode(one).float()) for one in pixels])
+
     def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The same tile by tile; see ``decode``."""
         check_channels(samples, self.latent_channels, self.spec.name)
         return super().decode_tiled(samples, *args, **kwargs)
 
 
-def load_vae(path: str, disable_dynamic: bool = False) -> FoundryVAE:
+def load_vae(path: str, memory: Policy = HOSTS, disable_dynamic: bool = False) -> FoundryVAE:
     """Load an autoencoder as the host's VAE.
 
     Args:
         path: A safetensors or GGUF file, or the index of several.
+        memory: How much it may take; beyond it pictures are encoded and decoded in strips.
         disable_dynamic: Takes no effect: it never uses dynamic VRAM.
 
     Raises:
@@ -112,14 +184,14 @@ def load_vae(path: str, disable_dynamic: bool = False) -> FoundryVAE:
     with torch.device("meta"):
         module = HostAutoencoder(weights.spec)
     module.load_state_dict(weights.read(dtype), assign=True)
-    vae = FoundryVAE(module.eval().requires_grad_(False), weights.given, device, dtype)
-    register_reload(vae.patcher, load_vae_patcher, path)
+    vae = FoundryVAE(module.eval().requires_grad_(False), weights.given, device, dtype, memory)
+    register_reload(vae.patcher, load_vae_patcher, path, memory)
     return vae
 
 
-def load_vae_patcher(path: str, disable_dynamic: bool = False) -> Any:
+def load_vae_patcher(path: str, memory: Policy, disable_dynamic: bool = False) -> Any:
     """The patcher of ``load_vae``, which the host asks for when it loads the autoencoder again."""
-    return load_vae(path, disable_dynamic).patcher
+    return load_vae(path, memory, disable_dynamic).patcher
 
 
 def decode_latent(vae: Any, latent: dict[str, Any]) -> Tensor:

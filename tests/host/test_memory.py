@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -130,8 +131,10 @@ def test_a_vision_tower_sees_the_same_under_every_policy(host: Host) -> None:
     found = {}
     for policy in POLICIES:
         prompt = {
-            "redux": node("FluxFoundryLoadRedux", redux="embedded: flux1-redux-mini", vision_tower="embedded: siglip-mini",
-                          memory=policy),
+            "redux": node(
+                "FluxFoundryLoadRedux", redux="embedded: flux1-redux-mini", vision_tower="embedded: siglip-mini",
+                memory=policy,
+            ),
             "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=0xFF8000),
             "seen": node("CLIPVisionEncode", clip_vision=["redux", 1], image=["picture", 0], crop="center"),
             "out": node("ProbeSeen", seen=["seen", 0]),
@@ -149,3 +152,23 @@ def test_a_control_lora_is_followed_under_a_policy(host: Host) -> None:
     models = {**load("keep", memory="keep"), **load("other", memory="save"), **loras}
     report = compare(host, models, our_sampler("a lora", steps=STEPS), our_sampler("b lora", steps=STEPS))
     assert report["equal"]
+
+
+def test_an_autoencoder_in_strips_gives_the_pictures_and_latents_of_one_piece(host: Host) -> None:
+    prompt = {**start(), "a": our_sampler(steps=2)}
+    for policy in ("keep", "save"):
+        vae = [policy, 0]
+        prompt[policy] = node("FluxFoundryLoadAutoencoder", vae="embedded: flux1-mini-ae", memory=policy)
+        prompt[f"{policy} picture"] = node("VAEDecode", vae=vae, samples=["a", 0])
+        prompt[f"{policy} latent"] = node("VAEEncode", vae=vae, pixels=["keep picture", 0])
+    prompt["out"] = node("ProbeCompare", a=["keep latent", 0], b=["save latent", 0])
+    prompt["pictures"] = node(
+        "ProbeStrips", one=["keep picture", 0], other=["save picture", 0], vae=["keep", 0], striped=["save", 0],
+        latent=["a", 0],
+    )  # fmt: skip
+    outcome = host.succeed(prompt)
+    said = {name: json.loads(out["report"][0]) for name, out in outcome.outputs.items() if "report" in out}
+    assert said["out"]["largest"] < 1e-4 * said["out"]["spread"]
+    assert said["pictures"]["largest"] < 1e-4
+    assert said["pictures"]["room"][1] < said["pictures"]["room"][0]
+    assert said["pictures"]["after_oom"] < 1e-4

@@ -14,7 +14,7 @@ DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 CONTRACT = {
     "FluxFoundryLoadModel": (["model", "dtype", "variant", "memory", "budget"], ["Model"]),
     "FluxFoundryLoadTextEncoders": (["clip_l", "t5", "t5_length", "memory", "budget"], ["Clip"]),
-    "FluxFoundryLoadAutoencoder": (["vae"], ["Vae"]),
+    "FluxFoundryLoadAutoencoder": (["vae", "memory", "budget"], ["Vae"]),
     "FluxFoundryLoadEmbedded": (["model"], ["Model", "Clip", "Vae"]),
     "FluxFoundryTextEncode": (
         ["clip", "prompt", "guidance", "negative", "clip_prompt", "t5_prompt"],

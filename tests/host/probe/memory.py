@@ -170,7 +170,41 @@ class ProbeSeen(io.ComfyNode):
         return io.NodeOutput(ui={"report": [json.dumps({"last": seen.last_hidden_state.flatten().tolist()})]})
 
 
+class ProbeStrips(io.ComfyNode):
+    """Reports how far two pictures lie apart, what the host makes room for, and what is drawn when memory runs out."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [
+            io.Image.Input("one"), io.Image.Input("other"), io.Vae.Input("vae"), io.Vae.Input("striped"),
+            io.Latent.Input("latent"),
+        ]  # fmt: skip
+        return io.Schema("ProbeStrips", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, one, other, vae, striped, latent):
+        large = (1, 16, 256, 256)
+        room = [own.memory_used_decode(large, torch.float32) for own in (vae, striped)]
+        decode = vae.first_stage_model.decode_mean
+
+        def fail(latents):
+            raise torch.OutOfMemoryError("no memory, for a test")
+
+        vae.first_stage_model.decode_mean = fail
+        try:
+            again = vae.decode(latent["samples"])
+        finally:
+            del vae.first_stage_model.decode_mean
+        assert vae.first_stage_model.decode_mean == decode
+        report = {
+            "largest": float((one - other).abs().max()), "room": room,
+            "after_oom": float((again - one).abs().max()),
+        }  # fmt: skip
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
 NODES = [
     probe("ProbeResidents", residents), probe("ProbeGiveWay", give_way), ProbeSmallCard,
     probe("ProbePatched", patched), ProbeThreads, ProbeSeen,
+    ProbeStrips,
 ]  # fmt: skip
