@@ -17,6 +17,7 @@ from . import (
     filling,
     latents,
     loading,
+    memory,
     redux,
     references,
     sampling,
@@ -28,7 +29,7 @@ __all__ = ["NODES", "FluxFoundryExtension"]
 
 FAMILIES = (
     loading, text, latents, sampling, editing, filling, control, control_loading, redux, references, combining, files,
-    saving,
+    saving, memory,
 )  # fmt: skip
 NODES: list[type[io.ComfyNode]] = [node for family in FAMILIES for node in family.NODES]
 

@@ -34,14 +34,15 @@ class Sized(Protocol):
 
 @dataclass(frozen=True)
 class Size:
-    """A weight of which only the size is known."""
+    """A weight of which only the size is known; see ``Sized``."""
 
     parameters: int
-    nbytes: int
+    pieces: tuple[int, ...]
 
     @property
-    def pieces(self) -> tuple[int, ...]:
-        return (self.nbytes,)
+    def nbytes(self) -> int:
+        """Of all pieces."""
+        return sum(self.pieces)
 
 
 class Accounts:
@@ -63,7 +64,11 @@ class Accounts:
     def __init__(
         self, module: nn.Module, weights: Mapping[str, Sized], *, item: int, keeps_packed: bool, blocks: Sequence[str]
     ) -> None:
-        self._weights, self._item, self.blocks = weights, item, tuple(blocks)
+        # Numbers only: accounts outlive the files that they are of.
+        self._weights: dict[str, Size] = {
+            name: Size(weight.parameters, weight.pieces) for name, weight in weights.items()
+        }
+        self._item, self.blocks = item, tuple(blocks)
         layers = {f"{path}.weight": layer for path, layer in module.named_modules() if takes_packed(layer)}
         self._movable = frozenset(name for name, layer in layers.items() if isinstance(layer, Linear))
         self.tables = frozenset(name for name in layers if name not in self._movable and name in weights)

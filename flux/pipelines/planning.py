@@ -95,11 +95,15 @@ class Planned:
         spec: What it is.
         accounts: Of its weights.
         dtype: Of its numbers where they are unpacked.
+        policy: Its own; the run's when None.
+        apart: The prefixes of what does not stay; by its kind when None.
     """
 
     spec: Any
     accounts: Accounts
     dtype: torch.dtype
+    policy: Policy | None = None
+    apart: tuple[str, ...] | None = None
 
     @property
     def title(self) -> str:
@@ -110,7 +114,7 @@ def planned_of_spec(spec: Any, dtype: torch.dtype, stored: torch.dtype = torch.b
     """A part of which no file is at hand, stored in plain numbers of a type."""
     module, shapes = _module(spec, dtype), parameter_shapes(spec)
     assert shapes is not None
-    sizes = {name: Size(math.prod(shape), math.prod(shape) * stored.itemsize) for name, shape in shapes.items()}
+    sizes = {name: Size(math.prod(shape), (math.prod(shape) * stored.itemsize,)) for name, shape in shapes.items()}
     blocks = block_names(module)
     return Planned(spec, Accounts(module, sizes, item=dtype.itemsize, keeps_packed=False, blocks=blocks), dtype)
 
@@ -190,7 +194,7 @@ def plan_run(
     Args:
         parts: The model's, in any order.
         job: What is to be drawn.
-        policy: How much memory may be taken.
+        policy: How much memory may be taken by parts that have no policy of their own.
         device: Where.
         available: Bytes that are free there.
         rates: What the machine does in a second.
@@ -232,7 +236,8 @@ def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:
 
 def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, available: int, on_cpu: bool) -> StagePlan:
     found = _work(part.spec, name, part.dtype, job)
-    apart = _comes_once(part.spec)
+    policy = part.policy or policy
+    apart = _comes_once(part.spec) if part.apart is None else part.apart
     accounts = part.accounts
     whole, least = accounts.footprint(apart), accounts.footprint(apart, 0)
     table = _table_bytes(part, job)

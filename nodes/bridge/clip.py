@@ -33,6 +33,7 @@ from ...flux.weights.readers.tokenizer import (
     read_t5_tokenizer,
 )
 from .compat import patch, register_reload, streams_files, to_intermediate
+from .noting import noted_encoder
 from .packed import pack_layers, packed_state
 from .preflight import ENCODERS
 from .progress import say
@@ -134,8 +135,13 @@ class HostTextEncoders(nn.Module):
         """T5's tokens (1, T, width), CLIP's pooled vector (1, width), and the files that made them."""
         device = self.execution_device or comfy.model_management.text_encoder_device()
         clip_ids = torch.tensor([[token for token, _ in tokens["l"][0]]], device=device)
-        _, pooled = self.clip_l.transformer(clip_ids)
-        encoded = to_intermediate(self._encode_t5(tokens["t5xxl"][0], device))
+        clip_file, t5_file = self.given
+        with noted_encoder("clip", self, self.clip_l, clip_file, device) as meter:
+            _, pooled = self.clip_l.transformer(clip_ids)
+            meter.tick()
+        with noted_encoder("t5", self, self.t5xxl, t5_file, device) as meter:
+            encoded = to_intermediate(self._encode_t5(tokens["t5xxl"][0], device))
+            meter.tick()
         return encoded, to_intermediate(pooled), {ENCODERS: self.given}
 
     def _encode_t5(self, tokens: WeightedTokens, device: torch.device) -> Tensor:

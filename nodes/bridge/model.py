@@ -33,6 +33,7 @@ from .conditioning import check_channels, check_widths, sample_and_tell
 from .control_lora import control_slots, further_channels, takes_hole
 from .experts import EXPERT, Expert, expert_of
 from .norms import host_state
+from .noting import noted_sampling
 from .packed import PackedLinear, pack_layers, packed_state
 from .pictures import taken_by
 from .preflight import check_together, files_of
@@ -79,7 +80,7 @@ class FoundryFlux(comfy.model_base.Flux):
         The host asks this of every run before it loads the model, so that a budget knows here what the run takes.
         """
         unpacked = max((layer.unpacked_bytes for layer in self._packed_layers()), default=0)
-        for own in residents_of(self):
+        for own in (one for one in residents_of(self) if one.policy.budget is not None):
             own.working = unpacked + working_bytes(
                 self.spec, self.get_dtype_inference(), job_of(input_shape, cond_shapes)
             )
@@ -177,6 +178,7 @@ def load_model(
     model.diffusion_model.requires_grad_(False)
     patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry", sample_with_table)
     patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry tells", sample_and_tell)
+    patcher.add_wrapper_with_key(WRAPPERS.SAMPLER_SAMPLE, "fluxfoundry notes", noted_sampling)
     register_reload(patcher, load_model, path, dtype, variant, memory)
     return patcher
 

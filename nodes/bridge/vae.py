@@ -20,6 +20,8 @@ from ...flux.specs.autoencoder import FLUX1 as FLUX1_AE
 from ...flux.specs.autoencoder import AutoencoderSpec
 from ...flux.specs.fit import Given
 from .compat import archive_dtypes, patch, register_reload, to_intermediate
+from .noting import job_of_latent, noted_autoencoder
+from .planning import reachable
 from .preflight import MODEL, check_together
 from .progress import say
 from .weights import HOSTS, open_weights
@@ -107,20 +109,14 @@ class FoundryVAE(comfy.sd.VAE):
         """
         weights = comfy.model_management.module_size(self.first_stage_model)
         needs = Needs(weights, weights, int(whole))
-        strips = needs_strips(self.memory, needs, self._reachable())
+        strips = needs_strips(self.memory, needs, reachable(self.device))
         self.first_stage_model.in_strips = strips
         if not strips:
             return whole
         job = Job(height=size[0], width=size[1])
         needed = LIBRARIES + working_bytes(self.spec, self.vae_dtype, job, stage, in_strips=True)
-        weights_limit(self.memory, Needs(weights, weights, needed), self._reachable())
+        weights_limit(self.memory, Needs(weights, weights, needed), reachable(self.device))
         return needed
-
-    def _reachable(self) -> int:
-        """Bytes on the device that are free, or that the host could free."""
-        management = comfy.model_management
-        others = (own for own in management.current_loaded_models if own.device == self.device)
-        return int(management.get_free_memory(self.device)) + sum(int(own.model_loaded_memory()) for own in others)
 
     def _set_unused(self) -> None:
         """What only other families' VAEs use, but the host reads of every one."""
@@ -136,7 +132,16 @@ class FoundryVAE(comfy.sd.VAE):
             MismatchError: The latents have another number of channels.
         """
         check_channels(samples_in, self.latent_channels, self.spec.name)
-        return super().decode(samples_in, *args, **kwargs)
+        with noted_autoencoder(self, "decode", job_of_latent(samples_in)):
+            pictures: Tensor = super().decode(samples_in, *args, **kwargs)
+        return pictures
+
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        """IMAGE to latents."""
+        height, width = pixel_samples.shape[1:3]
+        with noted_autoencoder(self, "encode", Job(width=width, height=height, batch=len(pixel_samples), starts=True)):
+            latents: Tensor = super().encode(pixel_samples)
+        return latents
 
     def decode_tiled_(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the host does when memory ran out: strips, which leave no seams, in place of its tiles."""

@@ -25,6 +25,7 @@ from ...flux.pipelines.parts import joined
 from ...flux.specs.fit import Given, check_redux, redux_faults
 from ...flux.specs.vision import SiglipSpec
 from .compat import archive_dtypes, is_dynamic, patch, register_reload
+from .noting import noted_encoder
 from .packed import pack_layers, packed_state
 from .preflight import users_files
 from .progress import check_cancelled
@@ -39,21 +40,25 @@ Build = Callable[[Any, HostLayers], nn.Module]
 
 
 class HostSiglip(SiglipVision):
-    """``SiglipVision`` with the call signature of the host's towers."""
+    """``SiglipVision`` with the call signature of the host's towers; ``given`` is what it was loaded from."""
+
+    given: Given
 
     def forward(  # type: ignore[override]
         self, pixel_values: Tensor, intermediate_output: object = None
     ) -> tuple[Tensor, Tensor | None, Tensor, None]:
         """Hidden states (B, N, D), every layer's (B, L, N, D) if asked for, those that embed, and no projection."""
         own = self.vision_model
-        x = own.embeddings(pixel_values)
-        states = []
-        for layer in own.encoder.layers:
-            check_cancelled()
-            x = layer(x)
-            if intermediate_output is not None:
-                states.append(x)
-        last: Tensor = own.post_layernorm(x)
+        with noted_encoder("vision", self, self, self.given, pixel_values.device) as meter:
+            x = own.embeddings(pixel_values)
+            states = []
+            for layer in own.encoder.layers:
+                check_cancelled()
+                x = layer(x)
+                if intermediate_output is not None:
+                    states.append(x)
+            last: Tensor = own.post_layernorm(x)
+            meter.tick()
         return last, torch.stack(states, dim=1) if states else None, last, None
 
 
@@ -191,4 +196,5 @@ def _managed(weights: Weights, build: Build, memory: Policy = HOSTS, *, plain: b
     state = weights.read(numbers.weights, without=packed, streamed=is_dynamic(patcher)) | packed_state(packed, device)
     module.load_state_dict(state, assign=True)
     module.eval().requires_grad_(False)
+    module.given = weights.given  # type: ignore[assignment]
     return patcher

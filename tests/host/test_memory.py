@@ -172,3 +172,70 @@ def test_an_autoencoder_in_strips_gives_the_pictures_and_latents_of_one_piece(ho
     assert said["pictures"]["largest"] < 1e-4
     assert said["pictures"]["room"][1] < said["pictures"]["room"][0]
     assert said["pictures"]["after_oom"] < 1e-4
+
+
+def test_a_plan_tells_every_stage_and_the_same_as_what_is_loaded(host: Host) -> None:
+    loaders = {
+        **load(memory="save"), **encoders("save"),
+        "vae": node("FluxFoundryLoadAutoencoder", vae="embedded: flux1-mini-ae", memory="save"),
+    }  # fmt: skip
+    sizes = {"width": 128, "height": 128, "batch_size": 1, "steps": STEPS}
+    plan = node(
+        "FluxFoundryMemoryPlan", model=["model", 0], clip=["clip", 0], vae=["vae", 0], memory="as loaded", **sizes
+    )  # fmt: skip
+    text = host.succeed({**loaders, "plan": plan, "out": node("ProbeTold", text=["plan", 0])}).report()["text"]
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert {"clip", "t5", "transformer", "decode"} <= rows.keys()
+    assert "of 5 blocks are streamed" in text
+    assert "in strips" in text
+    resident = host.succeed({**load(memory="save"), "out": node("ProbeResidents", model=["model", 0])}).report()
+    assert f"{resident['loaded'] / (1 << 20):.1f} MiB" in rows["transformer"]
+
+
+@pytest.mark.parametrize("policy", ["keep", "save"])
+def test_a_plan_under_another_policy_is_the_plan_of_a_model_that_was_loaded_so(host: Host, policy: str) -> None:
+    told = []
+    for loaded, asked in (("auto", policy), (policy, "as loaded")):
+        prompt = load(memory=loaded)
+        prompt["plan"] = node(
+            "FluxFoundryMemoryPlan", model=["model", 0], width=128, height=128, batch_size=1, steps=STEPS, memory=asked
+        )
+        prompt["out"] = node("ProbeTold", text=["plan", 0])
+        text = host.succeed(prompt).report()["text"]
+        told.append(next(line for line in text.splitlines() if line.startswith("transformer")).split()[:-2])
+    assert told[0] == told[1]
+
+
+def test_a_report_tells_what_every_stage_took(host: Host) -> None:
+    loaders = {**load(memory="save"), **encoders("save")}
+    loaders["vae"] = node("FluxFoundryLoadAutoencoder", vae="embedded: flux1-mini-ae")
+    prompt = {
+        **loaders,
+        "text": node("CLIPTextEncode", clip=["clip", 0], text="a red circle"),
+        "empty": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
+        "a": our_sampler("model", steps=STEPS, seed=77),
+        "picture": node("VAEDecode", vae=["vae", 0], samples=["a", 0]),
+        "report": node("FluxFoundryMemoryReport", image=["picture", 0]),
+        "out": node("ProbeTold", text=["report", 0]),
+    }
+    text = host.succeed(prompt).report()["text"]
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert {"clip", "t5", "transformer", "decode"} <= rows.keys()
+    assert f"{STEPS} x " in rows["transformer"]
+    assert "Not run this time" not in text
+    prompt["a"]["inputs"]["seed"] = 78  # the text is not encoded again
+    again = host.succeed(prompt).report()["text"]
+    assert "had the result: clip, t5" in again
+
+
+def test_a_model_of_another_loader_is_not_planned(host: Host) -> None:
+    prompt = {
+        "model": node("UNETLoader", unet_name="flux1-mini.safetensors", weight_dtype="default"),
+        "plan": node(
+            "FluxFoundryMemoryPlan", model=["model", 0], width=128, height=128, batch_size=1, steps=1,
+            memory="as loaded",
+        ),
+    }  # fmt: skip
+    outcome = host.run(prompt)
+    assert outcome.status == "error"
+    assert "was not loaded by FLUX Foundry" in str(outcome.error)

@@ -76,6 +76,14 @@ CONTRACT = {
     "FluxFoundryCombine": (
         ["model_1", "conditioning_1", "model_2", "conditioning_2", "balance"], ["Model", "Conditioning"],
     ),
+    "FluxFoundryMemoryPlan": (
+        [
+            "model", "width", "height", "batch_size", "steps", "memory", "budget", "clip", "vae", "clip_vision",
+            "conditioning", "latent",
+        ],
+        ["String", "Image", "Float"],
+    ),
+    "FluxFoundryMemoryReport": (["image"], ["String", "Image"]),
     "FluxFoundryInspectFile": (["file", "model"], ["String"]),
     "FluxFoundrySaveModel": (["model", "filename_prefix", "format", "layout"], ["String"]),
 }  # fmt: skip

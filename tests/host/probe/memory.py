@@ -203,8 +203,22 @@ class ProbeStrips(io.ComfyNode):
         return io.NodeOutput(ui={"report": [json.dumps(report)]})
 
 
+class ProbeTold(io.ComfyNode):
+    """Reports a text."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.String.Input("text", force_input=True)]
+        return io.Schema("ProbeTold", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, text):
+        return io.NodeOutput(ui={"report": [json.dumps({"text": text})]})
+
+
 NODES = [
     probe("ProbeResidents", residents), probe("ProbeGiveWay", give_way), ProbeSmallCard,
     probe("ProbePatched", patched), ProbeThreads, ProbeSeen,
     ProbeStrips,
+    ProbeTold,
 ]  # fmt: skip

@@ -1,0 +1,81 @@
+"""Where stages of the host's prompts are noted as they run: sampling, encoding of text and pictures, decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from ...flux.memory.metering import Meter
+from ...flux.pipelines.parts import title_of
+from ...flux.pipelines.planning import Job
+from ...flux.specs.fit import Given
+from .ledger import Loaded, Whole, noted
+from .planning import planned_encoder, planned_model, planned_vae, references_of
+from .residents import residents_of
+
+__all__ = ["job_of_latent", "noted_autoencoder", "noted_encoder", "noted_sampling"]
+
+CELL = 8  # pixels along a latent's cell
+PROMPT = Job(width=16, height=16)  # what a text encoder does is the same for any picture
+
+
+def noted_sampling(
+    executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *rest: Any
+) -> Any:
+    """Wrapper of a sampling run, of any sampler node, that notes what it takes and each step."""
+    patcher = guider.model_patcher
+    entries = [entry for entries in guider.conds.values() for entry in entries or ()]
+    job = Job(
+        width=noise.shape[-1] * CELL, height=noise.shape[-2] * CELL, batch=len(noise) * _at_once(guider),
+        steps=max(0, len(sigmas) - 1), references=references_of(entries),
+    )  # fmt: skip
+    title, part = title_of(patcher.model.spec), planned_model(patcher)
+    with noted("transformer", title, patcher.load_device, Loaded(patcher), part, job) as meter:
+
+        def after_step(*given: Any, **named: Any) -> Any:
+            meter.tick()
+            return None if callback is None else callback(*given, **named)
+
+        return executor(guider, sigmas, extra_args, after_step, noise, *rest)
+
+
+def _at_once(guider: Any) -> int:
+    """Prompts that the host runs side by side where memory allows: two with true guidance."""
+    return 1 if getattr(guider, "cfg", 1.0) == 1.0 else sum(1 for entries in guider.conds.values() if entries)
+
+
+def job_of_latent(samples: Tensor) -> Job:
+    """An autoencoder's work on latents (B, C, h, w)."""
+    return Job(width=samples.shape[-1] * CELL, height=samples.shape[-2] * CELL, batch=len(samples), starts=True)
+
+
+@contextmanager
+def noted_autoencoder(vae: Any, stage: str, job: Job) -> Iterator[None]:
+    """Note what encoding or decoding takes inside the block."""
+    weights = Whole(comfy.model_management.module_size(vae.first_stage_model))
+    with noted(stage, title_of(vae.spec), vae.device, weights, planned_vae(vae), job) as meter:
+        yield
+        meter.tick()
+
+
+@contextmanager
+def noted_encoder(stage: str, model: nn.Module, part: nn.Module, given: Given, device: torch.device) -> Iterator[Meter]:
+    """Note what a text encoder or a vision tower takes inside the block, which tells of passes.
+
+    Args:
+        stage: Its key.
+        model: The host's, of which it is a part.
+        part: The encoder itself.
+        given: What it was loaded from.
+        device: Where it runs.
+    """
+    title = title_of(given.found.spec)
+    own = next((one for one in residents_of(model) if one.title == title), None)
+    weights = own or Whole(comfy.model_management.module_size(part))
+    with noted(stage, title, device, weights, planned_encoder(model, given), PROMPT) as meter:
+        yield meter
