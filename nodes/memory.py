@@ -95,7 +95,7 @@ class MemoryPlan(io.ComfyNode):
         job = job_of(model, (width, height), batch_size, steps, conditioning, clip_vision is not None)
         text, plan = plan_graph(parts, job, granted, model.load_device)
         picture = shown(plan)
-        show(text)
+        show(_sentences(text))
         return io.NodeOutput(text, picture, plan.peak_bytes / GIB, ui=ui.PreviewImage(picture, cls=cls))
 
 
@@ -132,8 +132,13 @@ class MemoryReport(io.ComfyNode):
 
         text, found = report(cls.hidden.prompt or {})
         picture = shown(found.plan, found.taken)
-        show(text)
+        show(_sentences(text))
         return io.NodeOutput(text, picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+def _sentences(text: str) -> str:
+    """What stands below a table, for a node has no letters of one width to show columns in."""
+    return text.partition("\n\n")[2]
 
 
 NODES: list[type[io.ComfyNode]] = [MemoryPlan, MemoryReport]

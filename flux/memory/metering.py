@@ -56,6 +56,19 @@ class StageActual:
     streamed_bytes: int = 0
     waited: float = 0.0
 
+    def joined(self, later: StageActual) -> StageActual:
+        """This and a later run of the same as one."""
+        return StageActual(
+            self.name,
+            self.title,
+            self.seconds + later.seconds,
+            [*self.passes, *later.passes],
+            max(self.peak_bytes, later.peak_bytes),
+            max(self.resident_bytes, later.resident_bytes),
+            self.streamed_bytes + later.streamed_bytes,
+            self.waited + later.waited,
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {

@@ -76,7 +76,7 @@ def draw_plan(plan: RunPlan, taken: Mapping[str, StageActual] | None = None) -> 
         if taken and stage.name in taken:
             _thin_bar(pen, ruler, taken[stage.name], y + BAR + APART)
         if stage.streamed_bytes:
-            _streaming(pen, ruler, stage, y + pitch - GAP + APART)
+            _streaming(pen, ruler, stage, y + pitch - GAP + APART // 2)
     if line <= ruler.most:
         x = ruler.at(line)
         pen.line((x, TOP - GAP // 2, x, bottom - GAP // 2), OVER, 2)

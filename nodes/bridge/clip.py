@@ -32,7 +32,7 @@ from ...flux.weights.readers.tokenizer import (
     read_clip_tokenizer,
     read_t5_tokenizer,
 )
-from .compat import patch, register_reload, streams_files, to_intermediate
+from .compat import forget, patch, register_reload, streams_files, to_intermediate
 from .noting import noted_encoder
 from .packed import pack_layers, packed_state
 from .preflight import ENCODERS
@@ -216,7 +216,8 @@ def load_clip_patcher(
 
 
 def _packed_patcher(patcher: Any) -> FoundryPatcher:
-    """In place of the patcher that the host gave its CLIP, one for packed layers."""
+    """In place of the patcher that the host gave its CLIP, and may have loaded, one for packed layers."""
+    forget(patcher)
     own = FoundryPatcher(patcher.model, load_device=patcher.load_device, offload_device=patcher.offload_device)
     own.object_patches, own.force_cast_weights = patcher.object_patches, patcher.force_cast_weights
     own.hook_mode, own.is_clip = patcher.hook_mode, patcher.is_clip

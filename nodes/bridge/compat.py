@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "archive_dtypes", "asked_text_dtype", "brought", "cast_once", "fit_empty_latent", "is_dynamic", "latent_ratio",
+    "archive_dtypes", "asked_text_dtype", "brought", "cast_once", "fit_empty_latent", "forget", "is_dynamic",
+    "latent_ratio",
     "patch", "register_reload", "streams_files", "to_intermediate",
 ]  # fmt: skip
 
@@ -65,6 +66,14 @@ def is_dynamic(patcher: Any) -> bool:
 def streams_files() -> bool:
     """Whether the host brings weights from their files while it runs (dynamic VRAM)."""
     return bool(getattr(getattr(comfy, "memory_management", None), "aimdo_enabled", False))
+
+
+def forget(patcher: Any) -> None:
+    """Have the host let go of a patcher that another one takes the place of, whatever it loaded."""
+    loaded = comfy.model_management.current_loaded_models
+    for own in [one for one in loaded if one.model is patcher]:
+        own.model_unload()
+        loaded.remove(own)
 
 
 def register_reload(patcher: Any, factory: Callable[..., Any], *args: object) -> None:

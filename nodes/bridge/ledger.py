@@ -6,7 +6,7 @@ it found loaded; on a CPU likewise of the process's resident set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,18 +115,30 @@ def report_of(available: Callable[[torch.device], int], nodes: Collection[str]) 
     prompt, _ = _running()
     own = [entry for entry in _entries if entry.prompt == prompt]
     ran = {entry.taken.name for entry in own}
-    earlier = {entry.taken.name: entry for entry in _entries if entry.taken.name not in ran and entry.node in nodes}
+    earlier = {e.taken.name: e for e in _entries if e.taken.name not in ran and e.node in nodes}
     taken: dict[str, StageActual] = {}
     plans: list[RunPlan] = []
-    for entry in (*earlier.values(), *own):
-        key = _free_key(entry.taken.name, taken)
-        taken[key] = replace(entry.taken, name=key)
+    for entry, together in _joined([*earlier.values(), *own]):
+        key = _free_key(together.name, taken)
+        taken[key] = replace(together, name=key)
         plans.append(_planned(entry, key, available(entry.device)))
     if not plans:
         return RunReport(None, {}), []
     stages = tuple(stage for plan in plans for stage in plan.stages)
     plan = replace(plans[0], stages=stages, available=max(plan.available for plan in plans))
     return RunReport(plan, taken), sorted(earlier)
+
+
+def _joined(entries: Sequence[Entry]) -> Iterator[tuple[Entry, StageActual]]:
+    """Stages that ran several times alike, as two prompts through one encoder, each as one."""
+    alike: dict[tuple[str, str, Job], list[Entry]] = {}
+    for entry in entries:
+        alike.setdefault((entry.taken.name, entry.taken.title, entry.job), []).append(entry)
+    for group in alike.values():
+        together = group[0].taken
+        for other in group[1:]:
+            together = together.joined(other.taken)
+        yield group[0], together
 
 
 def _planned(entry: Entry, key: str, available: int) -> RunPlan:
