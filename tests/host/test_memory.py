@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -239,3 +240,29 @@ def test_a_model_of_another_loader_is_not_planned(host: Host) -> None:
     outcome = host.run(prompt)
     assert outcome.status == "error"
     assert "was not loaded by FLUX Foundry" in str(outcome.error)
+
+
+def test_ten_prompts_with_changing_models_leave_memory_where_it_was_after_the_second(host: Host) -> None:
+    reports = []
+    for turn in range(10):
+        model, policy = ((MODEL, "balance"), ("flux1-mini-schnell.safetensors", "save"))[turn % 2]
+        prompt = {
+            **start(), **load(model=model, memory=policy), "a": our_sampler("model", steps=2, seed=100 + turn),
+            "decode": node("VAEDecode", vae=["load", 2], samples=["a", 0]),
+            "out": node("ProbeTaken", image=["decode", 0]),
+        }  # fmt: skip
+        reports.append(host.succeed(prompt).report())
+    second, last = reports[1], reports[-1]
+    assert last["resident_set"] == pytest.approx(second["resident_set"], rel=0.02)
+    assert last["loaded"] == pytest.approx(second["loaded"], rel=0.02)
+    assert last["readers"] <= 2
+
+
+def test_free_lets_go_of_everything(host: Host) -> None:
+    prompt = {**start(), **load(memory="save"), "a": our_sampler("model", steps=1, seed=500)}
+    prompt["out"] = node("ProbeThreads", latent=["a", 0])
+    assert host.succeed(prompt).report()["readers"] >= 1
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(2)  # the server looks at its flags about once a second
+    again = {**start(), "a": our_sampler(steps=1, seed=501), "out": node("ProbeThreads", latent=["a", 0])}
+    assert host.succeed(again).report()["readers"] == 0

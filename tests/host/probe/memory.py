@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import threading
 
 import comfy.model_management
+import psutil
 import torch
 from comfy_api.latest import io
 
@@ -203,6 +205,26 @@ class ProbeStrips(io.ComfyNode):
         return io.NodeOutput(ui={"report": [json.dumps(report)]})
 
 
+class ProbeTaken(io.ComfyNode):
+    """Reports what the process takes, and what the host counts of all models."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Image.Input("image")]
+        return io.Schema("ProbeTaken", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, image):
+        gc.collect()
+        loaded = comfy.model_management.current_loaded_models
+        report = {
+            "resident_set": psutil.Process().memory_info().rss,
+            "loaded": sum(own.model_loaded_memory() for own in loaded if own.model is not None),
+            "readers": sum(thread.name.startswith("weights") for thread in threading.enumerate()),
+        }
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
 class ProbeTold(io.ComfyNode):
     """Reports a text."""
 
@@ -221,4 +243,5 @@ NODES = [
     probe("ProbePatched", patched), ProbeThreads, ProbeSeen,
     ProbeStrips,
     ProbeTold,
+    ProbeTaken,
 ]  # fmt: skip
