@@ -75,6 +75,13 @@ def test_two_models_in_turn_share_a_small_card(host: Host, share: float) -> None
     assert (report["rounds"][-1]["waiting"] > 0) == (share > 1)
 
 
+def test_the_hosts_flags_mean_what_they_always_mean(host: Host) -> None:
+    report = host.succeed({**load(memory="keep"), "out": node("ProbeFlags", model=["model", 0])}).report()
+    assert report["novram"] == report["least"]
+    assert report["none"] == report["lowvram"] == report["highvram"] == report["size"]
+    assert report["least"] <= report["reserve"] < report["size"]
+
+
 def test_a_budget_below_the_least_is_answered_with_the_least(host: Host) -> None:
     prompt = {**start(), **load(memory="budget", budget=0.1), "a": our_sampler("model", steps=STEPS)}
     prompt["empty"] = node("EmptySD3LatentImage", width=1024, height=1024, batch_size=4)

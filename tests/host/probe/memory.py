@@ -72,8 +72,15 @@ def give_way(model):
 
 
 @contextlib.contextmanager
-def small_card(room, *models):
-    """The host as on a card of so many bytes, on which nothing else is, with its own rules of who gives way."""
+def small_card(room, *models, state="NORMAL_VRAM", reserve=0):
+    """The host as on a card of so many bytes, on which nothing else is, with its own rules of who gives way.
+
+    Args:
+        room: Bytes.
+        *models: That will be loaded.
+        state: What the host makes of its flags ``--novram``, ``--lowvram``, ``--highvram``.
+        reserve: Bytes of ``--reserve-vram``.
+    """
     management = comfy.model_management
     management.unload_all_models()
 
@@ -82,8 +89,9 @@ def small_card(room, *models):
         return (left, left) if torch_free_too else left
 
     pretended = {
-        "is_device_cpu": lambda device: False, "get_free_memory": free, "minimum_inference_memory": lambda: 0,
-        "extra_reserved_memory": lambda: 0, "lowvram_available": True, "vram_state": management.VRAMState.NORMAL_VRAM,
+        "is_device_cpu": lambda device: False, "get_free_memory": free, "minimum_inference_memory": lambda: reserve,
+        "extra_reserved_memory": lambda: reserve, "lowvram_available": True,
+        "vram_state": management.VRAMState[state],
         "MIN_WEIGHT_MEMORY_RATIO": 0.0,
     }  # fmt: skip
     before = {name: getattr(management, name) for name in pretended}
@@ -142,6 +150,23 @@ def patched(model):
         "streamer_stays": stays, "changed": float((changed - plain).abs().max()),
         "back": float((velocity(model) - plain).abs().max()),
     }  # fmt: skip
+
+
+def flags(model):
+    """What stays under each of the host's flags, on a card that has room for the model and a little more."""
+    expected, size = velocity(model), model.model_size()
+    [own] = model.residents
+    report = {"size": size, "least": own.least}
+    room = size + 1_000_000
+    for name, state, reserve in (
+        ("novram", "NO_VRAM", 0), ("lowvram", "LOW_VRAM", 0), ("highvram", "HIGH_VRAM", 0),
+        ("reserve", "NORMAL_VRAM", 2_000_000), ("none", "NORMAL_VRAM", 0),
+    ):  # fmt: skip
+        with small_card(room, model, state=state, reserve=reserve):
+            comfy.model_management.load_models_gpu([model])
+            assert torch.equal(velocity(model), expected)
+            report[name] = model.loaded_size()
+    return report
 
 
 class ProbeThreads(io.ComfyNode):
@@ -240,7 +265,7 @@ class ProbeTold(io.ComfyNode):
 
 NODES = [
     probe("ProbeResidents", residents), probe("ProbeGiveWay", give_way), ProbeSmallCard,
-    probe("ProbePatched", patched), ProbeThreads, ProbeSeen,
+    probe("ProbePatched", patched), probe("ProbeFlags", flags), ProbeThreads, ProbeSeen,
     ProbeStrips,
     ProbeTold,
     ProbeTaken,
