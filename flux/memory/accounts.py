@@ -11,7 +11,7 @@ from torch import nn
 from ..ops.packed import Linear, takes_packed
 from .spread import Footprint, spread_over
 
-__all__ = ["ALIGNMENT", "Accounts", "Size", "Sized", "aligned", "below"]
+__all__ = ["ALIGNMENT", "Accounts", "Size", "Sized", "aligned", "below", "buffer_bytes"]
 
 ALIGNMENT = 256  # bytes; where tensors begin in a buffer, as in memory of their own
 
@@ -79,10 +79,6 @@ class Accounts:
         weight = self._weights[name]
         return weight.nbytes if name in self.packable else weight.parameters * self._item
 
-    def ring_bytes(self, names: Iterable[str]) -> int:
-        """What some parameters take in a buffer."""
-        return sum(aligned(size) for name in names for size in self._weights[name].pieces)
-
     def names_in(self, block: str, without: Iterable[str] = ()) -> list[str]:
         """The parameters of a block that can be streamed, except those below some prefixes."""
         own, apart = below((block,)), below(without)
@@ -111,7 +107,7 @@ class Accounts:
         inside = {name for names in blocks for name in names}
         outside = [name for name in self._weights if name not in inside and not name.startswith(apart)]
         kept = [sum(map(self.kept_bytes, names)) for names in blocks]
-        stored = [self.ring_bytes(names) for names in blocks]
+        stored = [buffer_bytes(self._weights[name] for name in names) for names in blocks]
         others = sum(map(self.kept_bytes, outside))
         if limit is None or others + sum(kept) <= limit:
             return Footprint(others, spread_over(kept, stored, None))
@@ -131,6 +127,11 @@ class Accounts:
 
     def _streams(self, name: str, own: tuple[str, ...]) -> bool:
         return name in self._movable and name.startswith(own)
+
+
+def buffer_bytes(weights: Iterable[Sized]) -> int:
+    """What some weights take in a buffer, one behind the other."""
+    return sum(aligned(size) for weight in weights for size in weight.pieces)
 
 
 def below(prefixes: Iterable[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["SLOTS", "Footprint", "Spread", "evenly", "spread_over"]
+__all__ = ["SLOTS", "Footprint", "Spread", "evenly", "shares", "spread_over"]
 
 SLOTS = 2  # buffers of the ring: one block runs from the one while the next comes into the other
 
@@ -68,6 +68,18 @@ class Footprint:
     def device_bytes(self) -> int:
         """In memory all the time."""
         return self.others + self.blocks.device_bytes
+
+
+def shares(limit: int, needs: Sequence[tuple[int, int]]) -> list[int]:
+    """A limit dealt out to several modules: to each the least that it can do with, and of the rest by what it lacks.
+
+    Args:
+        limit: Bytes for all together.
+        needs: For each the least, and what it takes where all stays.
+    """
+    least, lacking = sum(one for one, _ in needs), sum(whole - one for one, whole in needs)
+    rest = max(0, limit - least)
+    return [one + (rest * (whole - one) // lacking if lacking else 0) for one, whole in needs]
 
 
 def evenly(count: int, among: int) -> tuple[int, ...]:

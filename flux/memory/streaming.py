@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..ops.packed import PackedWeight
-from .accounts import Sized, aligned
+from .accounts import Sized, aligned, buffer_bytes
 from .lanes import Arrival, Departure, Lane
 from .spread import SLOTS
 
-__all__ = ["StoredWeight", "Streamer", "Unit", "unit_bytes"]
+__all__ = ["StoredWeight", "Streamer", "Unit"]
 
 
 class Movable(PackedWeight, Protocol):
@@ -79,7 +79,7 @@ class _Layout:
         self.unit, self.size = unit, 0
         self.packed = [weight.packed() for _, weight in unit.layers]
         self.pieces = [[self._placed(name, tensor) for name, tensor in own.tensors().items()] for own in self.packed]
-        assert self.size == unit_bytes(unit)
+        assert self.size == buffer_bytes(weight for _, weight in unit.layers)
         for _, weight in unit.layers:
             weight.forget()  # the pages that were looked at to check scales
 
@@ -109,11 +109,6 @@ class _Layout:
         """Have the layers fail rather than use what is no longer theirs."""
         for layer, _ in self.unit.layers:
             layer.packed = None
-
-
-def unit_bytes(unit: Unit) -> int:
-    """Bytes that a unit takes in a buffer; known without a look at its weights."""
-    return sum(aligned(size) for _, weight in unit.layers for size in weight.pieces)
 
 
 @dataclass(frozen=True)

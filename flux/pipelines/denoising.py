@@ -16,6 +16,7 @@ from ..adapters.control_lora import attached
 from ..adapters.guides import Channels, StyleTokens
 from ..errors import NumericError
 from ..memory.exhaustion import Fallback
+from ..memory.spread import shares
 from ..models.flux1 import Flux1
 from ..sampling.guidance import masked, true_cfg
 from ..sampling.schedules import fraction_done
@@ -165,10 +166,9 @@ def _engines(
     followed = tuple(g for g in guided.guides if isinstance(g, Channels) and g.lora is not None and g.strength > 0)
     loras = [guide.lora for guide in followed if guide.lora is not None]
     models = {name: part if name is None else guided.models[name] for name in (p.model for p in predictions)}
-    distinct = dict.fromkeys(models.values())
-    for model in distinct:
+    distinct = list(dict.fromkeys(models.values()))
+    for model, share in zip(distinct, _shares(distinct, limit, tables=tables), strict=True):
         apart = _apart(model, tables=tables)
-        share = None if limit is None else limit // len(distinct)
         held.enter_context(model.resident(without=apart, watch=hooks.loading, limit=share, tell=hooks.warn))
         engines[model] = Engine(model)
     if loras and part in engines:
@@ -176,6 +176,17 @@ def _engines(
         attachment = held.enter_context(putting_on)
         engines[part] = Engine(part, followed, attachment)
     return {name: engines[model] for name, model in models.items()}
+
+
+def _shares(parts: Sequence[Part[Flux1Spec, Flux1]], limit: int | None, *, tables: bool) -> Sequence[int | None]:
+    """What each of a run's transformers may take of what they may take together."""
+    if limit is None or len(parts) == 1:
+        return [limit] * len(parts)
+    needs = []
+    for part in parts:
+        accounts, apart = part.residency.accounts, _apart(part, tables=tables)
+        needs.append((accounts.footprint(apart, 0).device_bytes, accounts.footprint(apart).device_bytes))
+    return shares(limit, needs)
 
 
 def _apart(part: Part[Flux1Spec, Flux1], *, tables: bool) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from ..specs.flux1 import Flux1Spec
 from .denoiser import Guidance
 from .given import check_guide, check_guide_sizes, check_region, check_unit, tell_of_region
 from .parts import Part
-from .strips import AnyPart, StripedPart
+from .strips import AnyPart, StripedPart, in_strips_if_need
 
 __all__ = [
     "POSTERIORS", "ROUNDINGS", "AnyInput", "ControlInput", "FillInput", "Input", "ReferenceInput", "check_inputs",
@@ -367,10 +367,18 @@ def encode_picture(
     Raises:
         NumericError: The result was not finite.
     """
-    with part.resident() as autoencoder:
-        pixels = (picture * 2 - 1).to(part.device, part.dtype)
-        latents = autoencoder.encode(pixels) if posterior == "mean" else autoencoder.encode_sample(pixels, generator)
-        latents = latents.float().cpu()
+    state = None if generator is None else generator.get_state()
+
+    def encoded(part: Encoder) -> Tensor:
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        with part.resident() as autoencoder:
+            pixels = (picture * 2 - 1).to(part.device, part.dtype)
+            mean = posterior == "mean"
+            latents = autoencoder.encode(pixels) if mean else autoencoder.encode_sample(pixels, generator)
+            return latents.float().cpu()
+
+    latents = in_strips_if_need(part, encoded)
     if not bool(torch.isfinite(latents).all()):
         raise NumericError(
             f"encoding a picture gave numbers that are not finite; {part.path.name} is damaged, or the number format "

@@ -99,16 +99,19 @@ class Part(Generic[Spec, Module]):
 
 
 class MeteredPart(Generic[Spec, Module]):
-    """A part whose every use is a pass of a stage that a meter notes."""
+    """A part whose every use is a pass of a stage that a meter notes; ``tell`` hears of what was done otherwise."""
 
-    def __init__(self, part: Part[Spec, Module], meter: Meter | NoMeter, stage: str) -> None:
+    def __init__(
+        self, part: Part[Spec, Module], meter: Meter | NoMeter, stage: str, tell: Callable[[str], None] | None = None
+    ) -> None:
+        self.tell = tell
         self.spec, self.path, self.device, self.dtype = part.spec, part.path, part.device, part.dtype
-        self._part, self._meter, self._stage = part, meter, stage
+        self.stage, self._part, self._meter = stage, part, meter
 
     @contextmanager
     def resident(self) -> Iterator[Module]:
         """Have the weights in memory inside the block."""
-        with self._part.metered(self._meter, self._stage), self._part.resident() as module:
+        with self._part.metered(self._meter, self.stage), self._part.resident() as module:
             self._meter.begin()
             yield module
             self._meter.tick()

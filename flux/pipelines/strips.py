@@ -9,20 +9,29 @@ Shapes: B batch, C channels, H and W rows and columns of the map at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..memory.exhaustion import is_exhausted
 from ..models.autoencoder import AttentionBlock, Autoencoder, Decoder, Downsample, Encoder, Middle, ResBlock, Upsample
 from ..ops.attention import attention
 from ..specs.autoencoder import AutoencoderSpec
 from .parts import MeteredPart, Part
 
-__all__ = ["AnyPart", "Striped", "StripedPart", "decode_in_strips", "decode_mean_in_strips", "moments_in_strips"]
+__all__ = [
+    "AnyPart",
+    "Striped",
+    "StripedPart",
+    "decode_in_strips",
+    "decode_mean_in_strips",
+    "in_strips_if_need",
+    "moments_in_strips",
+]
 
 STRIP_BYTES = 16 << 20  # of a map, about which a strip is high
 ITEM = 4  # bytes of a number, in which norms compute
@@ -30,6 +39,7 @@ LEAST_ROWS = 8  # of a strip: of fewer, the rows that neighbours share are most 
 ALIKE = 3  # strips, of which the one between the first and the last is as all others that there may be
 QUERIES = 1024  # that attend at once
 
+Result = TypeVar("Result")
 Size = tuple[int, int, int, int]
 AnyPart = Part[AutoencoderSpec, Autoencoder] | MeteredPart[AutoencoderSpec, Autoencoder]
 
@@ -298,6 +308,25 @@ class Striped:
     def decode(self, latents: Tensor) -> Tensor:
         """See ``Autoencoder``."""
         return decode_in_strips(self._autoencoder, latents)
+
+
+def in_strips_if_need(part: AnyPart | StripedPart, use: Callable[[AnyPart | StripedPart], Result]) -> Result:
+    """What a use of an autoencoder gives; in strips where memory runs out in one piece.
+
+    Args:
+        part: The autoencoder; in strips already, or not.
+        use: Called with it, and again with one in strips.
+    """
+    try:
+        return use(part)
+    except Exception as error:
+        if isinstance(part, StripedPart) or not is_exhausted(error):
+            raise
+    # Outside of the handler, which holds what the failed computation had made.
+    if isinstance(part, MeteredPart) and part.tell is not None:
+        done = f"{part.stage}d"
+        part.tell(f"memory ran out while the picture was {done} in one piece: it is {done} in strips")
+    return use(StripedPart(part))
 
 
 class StripedPart:

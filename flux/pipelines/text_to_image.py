@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,6 @@ from ..adapters.channels import CELL
 from ..adapters.guides import Reference, StyleTokens
 from ..errors import NumericError, UserError
 from ..memory.available import available_bytes
-from ..memory.exhaustion import is_exhausted
 from ..memory.plan import RunPlan
 from ..memory.policy import Policy
 from ..models.autoencoder import Autoencoder
@@ -42,7 +42,7 @@ from .guided import (
 from .parts import MeteredPart, Part, check_beside
 from .planning import Grant, Job, grant, plan_run, planned_of_part
 from .prompts import EncodedPrompt, TextEncoders
-from .strips import AnyPart, StripedPart
+from .strips import AnyPart, StripedPart, in_strips_if_need
 
 __all__ = [
     "NOISES",
@@ -165,7 +165,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     plan = _plan(model, request, hooks)
     parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
     granted = grant(parts, _job(request, plan), request.memory)
-    encoder = _autoencoder(model, hooks, granted, "encode")
+    encoder, decoder = (_autoencoder(model, hooks, granted, stage) for stage in ("encode", "decode"))
     # 2. Text.
     with _stage(hooks, "text"):
         positive, negative = _encode_prompts(model, request, plan, hooks, granted.limits)
@@ -211,7 +211,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             if index == len(plan.seeds) - 1:
                 held.close()  # the last decoding has the memory for itself
             with _stage(hooks, "decoding"):
-                pixels = _decoded(model, result, hooks, granted)[0]
+                pixels = in_strips_if_need(decoder, functools.partial(decode, latents=result))[0]
             yield Picture(pixels, seed, _settings(model, request, plan, seed))
 
 
@@ -326,21 +326,8 @@ def _finite(*tensors: Tensor) -> bool:
 
 def _autoencoder(model: FluxModel, hooks: Hooks, granted: Grant, stage: str) -> AnyPart | StripedPart:
     """The autoencoder as a stage uses it."""
-    part = MeteredPart(model.autoencoder, hooks.meter, stage)
+    part = MeteredPart(model.autoencoder, hooks.meter, stage, hooks.warn)
     return StripedPart(part) if stage in granted.in_strips else part
-
-
-def _decoded(model: FluxModel, latents: Tensor, hooks: Hooks, granted: Grant) -> Tensor:
-    """``decode``, in strips where memory runs out in one piece."""
-    decoder = _autoencoder(model, hooks, granted, "decode")
-    try:
-        return decode(decoder, latents)
-    except Exception as error:
-        if isinstance(decoder, StripedPart) or not is_exhausted(error):
-            raise
-    if hooks.warn is not None:
-        hooks.warn("memory ran out while the picture was decoded in one piece: it is decoded in strips")
-    return decode(StripedPart(decoder), latents)
 
 
 @torch.inference_mode()

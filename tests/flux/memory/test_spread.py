@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flux.memory.spread import SLOTS, Spread, evenly, spread_over
+from flux.memory.spread import SLOTS, Spread, evenly, shares, spread_over
 
 KEPT, STORED = (40, 40, 40, 20, 20, 20, 20, 20), (20, 20, 20, 10, 10, 10, 10, 10)
 
@@ -48,3 +48,10 @@ def test_a_single_block_has_a_single_buffer():
 
 def test_a_ring_that_takes_more_than_the_blocks_is_not_built():
     assert spread_over((5, 5), (5, 5), 1).streamed == ()
+
+
+def test_a_limit_is_dealt_out_by_what_is_lacking() -> None:
+    assert shares(100, [(10, 50), (10, 90)]) == [10 + 80 * 40 // 120, 10 + 80 * 80 // 120]
+    assert sum(shares(140, [(10, 50), (10, 90)])) == 140
+    assert shares(5, [(10, 50), (10, 90)]) == [10, 10]
+    assert shares(100, [(10, 10), (20, 20)]) == [10, 20]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from flux.errors import FileError
-from flux.memory.accounts import ALIGNMENT
+from flux.memory.accounts import ALIGNMENT, buffer_bytes
 from flux.memory.lanes import CpuLane
-from flux.memory.streaming import Streamer, Unit, unit_bytes
+from flux.memory.streaming import Streamer, Unit
 from flux.ops.packed import Linear
 
 COUNT, WIDTH = 5, 4
@@ -65,6 +65,10 @@ class Stored:
             raise FileError("it is gone")
         self.reads.append(self.number)
         targets["data"].copy_(self.tensor.view(torch.uint8).flatten())
+
+
+def unit_bytes(unit):
+    return buffer_bytes(weight for _, weight in unit.layers)
 
 
 class Lane(CpuLane):

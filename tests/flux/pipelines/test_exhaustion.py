@@ -118,3 +118,13 @@ def test_a_picture_that_cannot_be_decoded_in_one_piece_is_decoded_in_strips(fail
     [picture] = generate(files.open_mini(), request, Hooks(warn=told.append))
     assert told == ["memory ran out while the picture was decoded in one piece: it is decoded in strips"]
     assert int((picture.pixels.int() - expected.pixels.int()).abs().max()) <= 1
+
+
+def test_a_picture_that_cannot_be_encoded_in_one_piece_is_encoded_in_strips(failing):
+    start = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    request, told = Request(prompt="a red circle", steps=4, image=start, denoise=0.5), []
+    [expected] = generate(files.open_mini(), request)
+    failing(Autoencoder, "encode", {0})
+    [picture] = generate(files.open_mini(), request, Hooks(warn=told.append))
+    assert told == ["memory ran out while the picture was encoded in one piece: it is encoded in strips"]
+    assert int((picture.pixels.int() - expected.pixels.int()).abs().max()) <= 1
