@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BudgetError",
     "Cancelled",
     "FileError",
     "FluxFoundryError",
@@ -19,6 +20,18 @@ class FluxFoundryError(Exception):
 
 class UserError(FluxFoundryError):
     """An input that cannot be used: the message says what was found and what to do."""
+
+
+class BudgetError(UserError):
+    """A budget that is below what a run can do with.
+
+    Attributes:
+        least: Bytes that it can do with.
+    """
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class FileError(UserError):

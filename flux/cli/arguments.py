@@ -20,6 +20,7 @@ __all__ = [
     "add_inspect",
     "add_models",
     "add_plan",
+    "add_prompts",
     "add_shared",
     "add_size",
     "numbers",
@@ -182,6 +183,18 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw it, as a .png")
 
 
+def add_prompts(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "prompts",
+        help="list or clear what --prompt-cache keeps",
+        description="List what --prompt-cache keeps in a folder: embeddings of prompts, not their words. Removing them "
+        "costs no more than encoding them again.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the one that --prompt-cache named")
+    parser.add_argument("--clear", action="store_true", help="remove them; other files in the folder stay")
+    parser.add_argument("--json", action="store_true", help="JSON in place of text")
+
+
 def add_demo(commands: Commands) -> None:
     parser = commands.add_parser(
         "demo",
@@ -220,6 +233,11 @@ def _add_model(group: Group, models: str) -> None:
         "--dtype", default="auto", help=f"{', '.join(DTYPES)}: numbers that weights become (default: auto)"
     )
     group.add_argument("--policy", default="auto", metavar="POLICY", help=f"memory: {POLICIES} (default: auto)")
+    group.add_argument(
+        "--prompt-cache", type=Path, metavar="FOLDER",
+        help="keep what the text encoders make of prompts in files there, and do not load them for what is kept "
+        "(`prompts` lists and clears it)",
+    )  # fmt: skip
 
 
 def _add_output(group: Group) -> None:

@@ -16,6 +16,8 @@ from ..errors import UserError
 from ..images import read_mask, read_picture
 from ..memory.policy import read_policy
 from ..pipelines.parts import open_autoencoder, open_transformer
+from ..pipelines.prompt_cache import PromptCache
+from ..pipelines.prompt_folder import FolderStore
 from ..pipelines.prompts import open_text_encoders
 from ..pipelines.text_to_image import FluxModel, Request
 from .files import ModelFiles
@@ -84,7 +86,9 @@ class Desk:
         return self.model.transformer.spec.native_side
 
 
-def open_model(files: ModelFiles, device: str, dtype: str, variant: str | None = None) -> FluxModel:
+def open_model(
+    files: ModelFiles, device: str, dtype: str, variant: str | None = None, cache: PromptCache | None = None
+) -> FluxModel:
     """Open every part; reads headers only.
 
     Args:
@@ -92,6 +96,7 @@ def open_model(files: ModelFiles, device: str, dtype: str, variant: str | None =
         device: As the user named it.
         dtype: A key of ``DTYPES``.
         variant: What the transformer is, where its tensors cannot tell.
+        cache: Of prompts' embeddings.
 
     Raises:
         UserError: A file is missing, damaged or another part, the parts do not fit, or there is no such device.
@@ -100,7 +105,7 @@ def open_model(files: ModelFiles, device: str, dtype: str, variant: str | None =
     transformer = open_transformer(files.transformer, place, chosen, variant=variant)
     autoencoder = open_autoencoder(files.autoencoder, place, chosen)
     text = open_text_encoders(
-        files.clip, files.t5, files.clip_tokenizer, files.t5_tokenizer, place, chosen, transformer.given
+        files.clip, files.t5, files.clip_tokenizer, files.t5_tokenizer, place, chosen, transformer.given, cache
     )
     return FluxModel(transformer, text, autoencoder)
 
@@ -137,7 +142,8 @@ def make_job(arguments: argparse.Namespace, files: ModelFiles, seed: int, warn: 
         UserError: Something cannot be opened, or the options do not fit each other.
     """
     module = importlib.import_module(MAKERS[arguments.command], __package__)
-    model = open_model(files, arguments.device, arguments.dtype, arguments.variant)
+    cache = None if arguments.prompt_cache is None else PromptCache(FolderStore(arguments.prompt_cache, tell=warn))
+    model = open_model(files, arguments.device, arguments.dtype, arguments.variant, cache)
     job: Job = module.make(arguments, Desk(model, files, seed, warn))
     return job
 

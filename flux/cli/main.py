@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from ..errors import Cancelled, FluxFoundryError, NumericError, UserError
 from ..version import VERSION
-from .arguments import add_convert, add_demo, add_generate, add_inspect, add_models, add_plan
+from .arguments import add_convert, add_demo, add_generate, add_inspect, add_models, add_plan, add_prompts
 from .arguments_guided import add_control, add_edit, add_fill, add_outpaint, add_redux
 from .console import fault
 from .purposes import DRAWING
@@ -75,6 +75,8 @@ def _run(argv: Sequence[str] | None) -> int:
         from .convert import run
     elif arguments.command == "plan":
         from .plan import run
+    elif arguments.command == "prompts":
+        from .prompts import run
     elif arguments.command == "demo":
         from .demo import run
     else:
@@ -124,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         add_convert,
         add_models,
         add_plan,
+        add_prompts,
         add_demo,
     )
     for add in adders:

@@ -80,7 +80,7 @@ class Record:
         return path
 
     def _facts(self, seconds: dict[str, float]) -> dict[str, Any]:
-        model = self.model
+        model, cache = self.model, self.model.text.cache
         dtypes = {
             "transformer": model.transformer.dtype,
             "clip": model.text.clip.dtype,
@@ -98,6 +98,7 @@ class Record:
             ],
             "seconds": {stage: round(value, DIGITS) for stage, value in seconds.items()},
             **({} if self.memory is None else {"memory": self.memory.as_json()}),
+            **({} if cache is None else {"prompt_cache": {"found": cache.found, "encoded": cache.made}}),
             "notes": [*model.transformer.notes, *self.notes],
         }
 

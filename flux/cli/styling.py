@@ -7,6 +7,9 @@ import argparse
 from torch import Tensor
 
 from ..errors import UserError
+from ..memory.policy import read_policy
+from ..pipelines.planning import Job as Work
+from ..pipelines.planning import grant
 from ..pipelines.redux import ReduxPicture, open_redux_encoder, style_guide
 from ..preprocess.vision import vision_pixels
 from .engine import DTYPES, Desk, Job, guide_of, mask_of, picture_of, request_of, strengths_of
@@ -41,9 +44,11 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
         for path, strength in zip(paths, strengths, strict=True)
     ]
     guide = guide_of(arguments)
+    policy, views = read_policy(arguments.policy), sum(len(picture.views.pixels) for picture in pictures)
+    limits = grant((encoder.tower,), Work(width=desk.side, height=desk.side, views=views), policy).limits
     guides = [
         style_guide(tokens, strength=strength if by_attention else 1.0, **guide)
-        for tokens, strength in zip(encoder.encode_all(pictures), strengths, strict=True)
+        for tokens, strength in zip(encoder.encode_all(pictures, limits=limits, warn=desk.warn), strengths, strict=True)
     ]
     request = request_of(arguments, desk.seed, width=arguments.width, height=arguments.height, inputs=guides)
     facts: dict[str, object] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..errors import BudgetError, UserError
 
 __all__ = [
     "AUTO",
@@ -42,7 +42,7 @@ class Policy:
     budget: int | None = None
 
     def __str__(self) -> str:
-        return self.name if self.budget is None else f"{round(self.budget / GIB, 3):g} GiB"
+        return self.name if self.budget is None else f"{self.budget / GIB:.4g} GiB"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def weights_limit(policy: Policy, needs: Needs, available: int) -> int | None:
         available: Bytes free on the device.
 
     Raises:
-        UserError: A budget is below what the stage can do with.
+        BudgetError: A budget is below what the stage can do with.
     """
     if policy.name == KEEP:
         return None
@@ -116,9 +116,10 @@ def weights_limit(policy: Policy, needs: Needs, available: int) -> int | None:
     if policy.budget is not None:
         least = needs.least + needs.working
         if policy.budget < least:
-            raise UserError(
+            raise BudgetError(
                 f"a budget of {policy} is below the least that this takes, {math.ceil(100 * least / GIB) / 100:g} GiB; "
-                "raise it, or ask for a smaller picture or fewer at once"
+                "raise it, or ask for a smaller picture or fewer at once",
+                least,
             )
         return policy.budget - needs.working
     room = available - RESERVE - needs.working

@@ -5,7 +5,7 @@ Opening a part reads headers only; its weights come when a stage needs them and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import ReduxSpec, SiglipSpec
 from ..weights.binding import Binding, bind
 from ..weights.checkpoints import FilePart, read_parts
+from ..weights.readers.stamps import FileStamp
 from ..weights.sources import Checkpoint, open_checkpoint
 from .library import given_files, model_files_in
 from .modules import block_names, build_of
@@ -52,10 +53,12 @@ SHARE_FOR_NUMBERS = 0.5  # of the memory that is left, which unpacked weights ma
 
 
 class Part(Generic[Spec, Module]):
-    """A spec, its module on the meta device, and the weights' residency."""
+    """A spec, its module on the meta device, the weights' residency, and the files as they were when opened."""
 
-    def __init__(self, spec: Spec, module: Module, residency: Residency, given: Given) -> None:
-        self.spec, self.module, self.residency, self.given = spec, module, residency, given
+    def __init__(
+        self, spec: Spec, module: Module, residency: Residency, given: Given, stamps: Mapping[Path, FileStamp]
+    ) -> None:
+        self.spec, self.module, self.residency, self.given, self.stamps = spec, module, residency, given, stamps
 
     @property
     def path(self) -> Path:
@@ -294,7 +297,8 @@ def _open(
     packs = keep == "packed" or (keep == "auto" and packs_on(bound, device, chosen, available_bytes(device)))
     blocks = block_names(bound.module)
     residency = Residency(bound.module, bound.bindings, device=device, dtype=chosen, keeps_packed=packs, blocks=blocks)
-    return Part(bound.recognised.spec, bound.module, residency, Given(bound.checkpoint.path, bound.recognised))
+    given = Given(bound.checkpoint.path, bound.recognised)
+    return Part(bound.recognised.spec, bound.module, residency, given, bound.checkpoint.stamps)
 
 
 def packs_on(bound: BoundPart, device: torch.device, dtype: torch.dtype, available: int) -> bool:

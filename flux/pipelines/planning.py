@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.channels import CELL
+from ..errors import BudgetError
 from ..memory.accounts import Accounts, Size
 from ..memory.available import available_bytes
 from ..memory.plan import Rates, RunPlan, StagePlan
@@ -161,7 +162,7 @@ def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> Grant:
         policy: How much memory may be taken.
 
     Raises:
-        UserError: A budget is below what a stage can do with.
+        BudgetError: A budget is below what a stage can do with.
     """
     device = parts[0].device
     available = available_bytes(device)
@@ -200,11 +201,18 @@ def plan_run(
         rates: What the machine does in a second.
 
     Raises:
-        UserError: A budget is below what a stage can do with.
+        BudgetError: A budget is below what a stage can do with.
     """
     on_cpu = torch.device(device).type == "cpu"
     plan = functools.partial(_planned_stage, job=job, policy=policy, available=available, on_cpu=on_cpu)
-    stages = [plan(part, name) for part in parts for name in _stages_of(part.spec, job)]
+    stages, short = [], []
+    for part, name in ((part, name) for part in parts for name in _stages_of(part.spec, job)):
+        try:
+            stages.append(plan(part, name))
+        except BudgetError as error:
+            short.append(error)
+    if short:  # the stage that takes most says what would do for all
+        raise max(short, key=lambda error: error.least)
     order = {name: index for index, name in enumerate(STAGES)}
     stages.sort(key=lambda stage: order[stage.name])
     return RunPlan(tuple(stages), policy, device, available, rates)

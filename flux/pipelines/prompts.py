@@ -18,6 +18,7 @@ from ..specs.fit import Given
 from ..specs.text import ClipTextSpec, T5Spec
 from ..weights.readers.tokenizer import ClipTokenizer, T5Tokenizer, TokenIds, read_clip_tokenizer, read_t5_tokenizer
 from .parts import Part, check_beside, open_clip, open_t5
+from .prompt_cache import PromptCache, encoder_key, text_key
 
 __all__ = ["EncodedPrompt", "TextEncoders", "cut_sentences", "open_text_encoders"]
 
@@ -36,12 +37,13 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """CLIP and T5 with their tokenizers."""
+    """CLIP and T5 with their tokenizers, and a cache of what they made; None encodes every prompt anew."""
 
     clip: Part[ClipTextSpec, ClipText]
     t5: Part[T5Spec, T5Encoder]
     clip_tokenizer: ClipTokenizer
     t5_tokenizer: T5Tokenizer
+    cache: PromptCache | None = None
 
     def encode(
         self, prompt: str, *, clip_prompt: str | None = None, length: int | None = None, warn: Warn | None = None
@@ -70,6 +72,8 @@ class TextEncoders:
     ) -> list[EncodedPrompt]:
         """Encode several prompts one by one; each encoder is in memory once, and only while it runs.
 
+        An encoder whose part of all prompts is in the cache is not loaded.
+
         Args:
             prompts: Pairs of a prompt and, if CLIP is to read another, that one.
             length: T5 tokens to pad to; the spec's when None.
@@ -94,14 +98,21 @@ class TextEncoders:
         def passed(
             part: Part[Any, Any], stage: str, read: Sequence[TokenIds], taken: Callable[[Any], Tensor]
         ) -> list[Tensor]:
-            made = []
-            resident = part.resident(watch=watch, limit=limits.get(stage), tell=warn)
-            with part.metered(meter, stage), resident as encoder:
-                meter.begin()
-                for ids in read:
-                    made.append(taken(encoder(torch.tensor([ids.ids], device=part.device))).float().cpu())
-                    meter.tick()
-            return made
+            def make(places: Sequence[int]) -> list[Tensor]:
+                made = []
+                resident = part.resident(watch=watch, limit=limits.get(stage), tell=warn)
+                with part.metered(meter, stage), resident as encoder:
+                    meter.begin()
+                    for place in places:
+                        made.append(taken(encoder(torch.tensor([read[place].ids], device=part.device))).float().cpu())
+                        meter.tick()
+                return made
+
+            name = part.spec.name
+            key = None if self.cache is None else encoder_key(name, part.stamps, part.device, part.dtype)
+            if self.cache is None or key is None:
+                return make(range(len(read)))
+            return self.cache.filled([text_key(key, own.ids) for own in read], make, name)
 
         pooled = passed(self.clip, "clip", clip_ids, lambda given: given[1])
         tokens = passed(self.t5, "t5", t5_ids, lambda given: given)
@@ -142,6 +153,7 @@ def open_text_encoders(
     device: torch.device,
     dtype: torch.dtype | None = None,
     transformer: Given | None = None,
+    cache: PromptCache | None = None,
 ) -> TextEncoders:
     """Open both encoders and read their tokenizers; ``transformer`` is what they must fit, if that is known.
 
@@ -152,5 +164,5 @@ def open_text_encoders(
     if transformer is not None:
         check_beside(transformer, (clip.given, t5.given))
     return TextEncoders(
-        clip, t5, read_clip_tokenizer(clip_tokenizer, clip.spec), read_t5_tokenizer(t5_tokenizer, t5.spec)
+        clip, t5, read_clip_tokenizer(clip_tokenizer, clip.spec), read_t5_tokenizer(t5_tokenizer, t5.spec), cache
     )

@@ -5,7 +5,7 @@ Shapes: T views of a picture, g patches along a view's side, N tokens, D width o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..errors import NumericError, UserError
 from ..memory.residency import Watch
 from ..models.redux import Redux
 from ..models.vision.siglip import SiglipVision
+from ..preprocess.control import Warn
 from ..preprocess.vision import VisionViews, merge_tokens, reduce_grid
 from ..specs.fit import Given
 from ..specs.vision import ReduxSpec, SiglipSpec
@@ -93,20 +94,30 @@ class ReduxEncoder:
         return self.encode_all([picture], watch=watch)[0]
 
     @torch.inference_mode()
-    def encode_all(self, pictures: Sequence[ReduxPicture], *, watch: Watch | None = None) -> list[ReduxTokens]:
+    def encode_all(
+        self,
+        pictures: Sequence[ReduxPicture],
+        *,
+        watch: Watch | None = None,
+        limits: Mapping[str, int | None] | None = None,
+        warn: Warn | None = None,
+    ) -> list[ReduxTokens]:
         """Encode several pictures; tower and adapter are in memory once, and only while they run.
 
         Args:
             pictures: In any number.
             watch: Called before each weight on its way in; may raise to stop.
+            limits: Bytes that the weights of "vision" may take; what goes beyond is streamed, layer by layer.
+            warn: Told when memory runs out, and what is done about it.
 
         Raises:
             UserError: A grid is finer than the tower's, or no token would be left.
             NumericError: A result was not finite.
         """
-        with self.tower.resident(watch=watch) as tower:
+        limit = None if limits is None else limits.get("vision")
+        with self.tower.resident(watch=watch, limit=limit, tell=warn) as tower:
             seen = [self._look(tower, picture.views.pixels) for picture in pictures]
-        with self.redux.resident(watch=watch) as redux:
+        with self.redux.resident(watch=watch, tell=warn) as redux:
             made = [redux(hidden.to(self.redux.device, self.redux.dtype)).float().cpu() for hidden in seen]
         if not all(bool(torch.isfinite(tokens).all()) for tokens in made):
             raise NumericError(

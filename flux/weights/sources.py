@@ -25,6 +25,7 @@ from .readers.gguf import MAGIC, GgufFile
 from .readers.header import TensorEntry
 from .readers.safetensors import SafetensorsFile
 from .readers.sharded import INDEX_SUFFIX, ShardedFile, index_in, index_of_shard
+from .readers.stamps import FileStamp
 
 __all__ = ["Checkpoint", "ModelFile", "Source", "open_checkpoint"]
 
@@ -40,6 +41,8 @@ class ModelFile(Protocol):
 
     @property
     def files(self) -> tuple[Path, ...]: ...
+    @property
+    def stamps(self) -> Mapping[Path, FileStamp]: ...
     def __getitem__(self, name: str, /) -> TensorEntry: ...
     def stored(self, name: str, /) -> Tensor:
         """A tensor as it stands in the file; not to be written to."""
@@ -160,12 +163,14 @@ class Checkpoint(Mapping[str, Source]):
     Attributes:
         path: The file, or the index of several.
         files: The files themselves.
+        stamps: That they had when their headers were read.
         metadata: The header's own texts.
         is_gguf: Whether it is a GGUF file.
     """
 
     def __init__(self, file: ModelFile, sources: Mapping[str, Source]) -> None:
         self.path, self.metadata, self.files = file.path, dict(file.metadata), file.files
+        self.stamps = dict(file.stamps)
         self.is_gguf = isinstance(file, GgufFile)
         self._sources = dict(sources)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import FileError, UserError
 from .header import TensorEntry
+from .stamps import FileStamp, stamp_of
 
 __all__ = ["ENVIRONMENT", "WAYS", "FileBytes", "MappedTensors"]
 
@@ -47,12 +48,13 @@ class FileBytes:
     Args:
         path: The file.
         way: A word of ``WAYS``; the environment's when None, "auto" without one.
+        stamp: That the file had when its header was read; what it has at its first use when None.
 
     Raises:
         UserError: There is no such way.
     """
 
-    def __init__(self, path: Path, way: str | None = None) -> None:
+    def __init__(self, path: Path, way: str | None = None, stamp: FileStamp | None = None) -> None:
         self.path = path
         self.way = way or os.environ.get(ENVIRONMENT) or WAYS[0]
         if self.way not in WAYS:
@@ -60,7 +62,7 @@ class FileBytes:
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._map: mmap.mmap | None = None
-        self._size = 0
+        self._stamp = stamp
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:
@@ -124,16 +126,21 @@ class FileBytes:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _open(self, end: int, what: str) -> int:
-        """The open file, checked to be as long as it was: a map of one that was cut would end the process."""
+        """The open file, checked to be as it was: a map of one that was cut would end the process."""
         try:
             if self._fd is None:
                 self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            size = os.fstat(self._fd).st_size
+            now = stamp_of(self._fd)
         except OSError as error:
             raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
-        if size < max(end, self._size):
+        before = self._stamp = self._stamp or now
+        if now.size < max(end, before.size):
             raise FileError(f"{self.path.name} ended while {what} was read; was it replaced meanwhile?")
-        self._size = size
+        if now != before:
+            raise FileError(
+                f"{self.path.name} was changed after it was opened, before {what} was read; wait until it is whole, "
+                "and open it again"
+            )
         return self._fd
 
     def _read(self, fd: int, start: int, length: int, what: str) -> Tensor:
@@ -185,10 +192,12 @@ class MappedTensors:
     Attributes:
         path: The file.
         data_start: Where in it the tensors begin, in bytes.
+        stamp: That it had when its header was read.
     """
 
     path: Path
     data_start: int
+    stamp: FileStamp
     _bytes: FileBytes
 
     def __getitem__(self, name: str) -> TensorEntry:
@@ -197,6 +206,10 @@ class MappedTensors:
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
+
+    @property
+    def stamps(self) -> dict[Path, FileStamp]:
+        return {self.path: self.stamp}
 
     def want(self, name: str) -> None:
         """Have a mapped tensor's pages brought in together, ahead of their use."""

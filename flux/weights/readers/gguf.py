@@ -34,6 +34,7 @@ from .header import (
     check_overlap,
     fill,
 )
+from .stamps import stamp_of
 
 __all__ = ["PLAIN_DTYPES", "GgufFile", "LongArray"]
 
@@ -119,11 +120,13 @@ class GgufFile(Mapping[str, TensorEntry], MappedTensors):
         self.path = path
         try:
             with path.open("rb") as file:
-                self.fields, self._entries, self.data_start = _read_header(_Cursor(path, file))
+                cursor = _Cursor(path, file)
+                self.stamp = cursor.stamp
+                self.fields, self._entries, self.data_start = _read_header(cursor)
         except OSError as error:
             raise FileError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from error
         self.metadata = {key: str(value) for key, value in self.fields.items() if _is_short(value)}
-        self._bytes = FileBytes(path)
+        self._bytes = FileBytes(path, stamp=self.stamp)
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._entries[name]
@@ -191,7 +194,8 @@ class _Cursor:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.name = path.name
         self.suffix = path.suffix.lower()
-        self.size = os.fstat(file.fileno()).st_size
+        self.stamp = stamp_of(file.fileno())
+        self.size = self.stamp.size
         self.position = 0
         self.items = 0  # texts and arrays in arrays so far
         self.text_bytes = 0  # of all texts that were read

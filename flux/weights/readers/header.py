@@ -7,7 +7,6 @@ never costs memory. Layout: 8 bytes of header length (little endian), the header
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from ...errors import FileError, MissingFileError
 from ..json_text import load_json
+from .stamps import FileStamp, stamp_of
 
 __all__ = [
     "ITEM_BITS",
@@ -76,6 +76,7 @@ class SafetensorsHeader(Mapping[str, TensorEntry]):
     Attributes:
         metadata: The header's own texts.
         data_start: Where in the file the tensors begin, in bytes.
+        stamp: Of the file that the header was read from.
 
     Raises:
         MissingFileError: There is no such file.
@@ -84,7 +85,7 @@ class SafetensorsHeader(Mapping[str, TensorEntry]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._entries, self.metadata, self.data_start = _read(path)
+        self._entries, self.metadata, self.data_start, self.stamp = _read(path)
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._entries[name]
@@ -101,26 +102,28 @@ class SafetensorsHeader(Mapping[str, TensorEntry]):
         return sum(entry.end - entry.start for entry in self._entries.values())
 
 
-def _read(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
+def _read(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int, FileStamp]:
     if path.is_dir():
         raise FileError(f"{path} is a folder; name a .safetensors file in it")
     if not path.is_file():
         raise MissingFileError(f"{path} was not found; check the name and the folder")
     try:
-        raw, size = _read_raw(path)
+        raw, stamp = _read_raw(path)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from error
     start = LENGTH_BYTES + len(raw)
-    header, metadata = _parse(path, raw, size - start)
-    entries = {name: _entry(path, name, value, size - start) for name, value in header.items()}
+    room = stamp.size - start
+    header, metadata = _parse(path, raw, room)
+    entries = {name: _entry(path, name, value, room) for name, value in header.items()}
     check_overlap(path.name, entries)
-    return entries, metadata, start
+    return entries, metadata, start, stamp
 
 
-def _read_raw(path: Path) -> tuple[bytes, int]:
-    """The header's bytes, and the file's size."""
+def _read_raw(path: Path) -> tuple[bytes, FileStamp]:
+    """The header's bytes, and the file's stamp."""
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        stamp = stamp_of(file.fileno())
+        size = stamp.size
         head = file.read(LENGTH_BYTES)
         _check_start(path, head + file.read(1), size)
         file.seek(LENGTH_BYTES)
@@ -132,7 +135,7 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
                 f"{path.name} is cut off or not a safetensors file: its header claims {length} bytes, the file has "
                 f"{size}; download it again"
             )
-        return file.read(length), size
+        return file.read(length), stamp
 
 
 def _check_start(path: Path, head: bytes, size: int) -> None:

@@ -35,7 +35,7 @@ class SafetensorsFile(SafetensorsHeader, MappedTensors):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._bytes = FileBytes(path)
+        self._bytes = FileBytes(path, stamp=self.stamp)
 
     def stored(self, name: str) -> Tensor:
         """One tensor on the CPU, in its stored format; mostly a view of the mapped file, never to be written to.

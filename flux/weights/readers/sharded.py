@@ -15,6 +15,7 @@ from ...errors import FileError, MissingFileError
 from ..json_text import load_json
 from .header import MAX_TENSORS, TensorEntry, is_name, whole_text
 from .safetensors import SafetensorsFile
+from .stamps import FileStamp
 
 __all__ = ["INDEX_SUFFIX", "ShardedFile", "index_in", "index_of_shard"]
 
@@ -61,6 +62,11 @@ class ShardedFile(Mapping[str, TensorEntry]):
     @property
     def files(self) -> tuple[Path, ...]:
         return tuple(shard.path for shard in self._shards.values())
+
+    @property
+    def stamps(self) -> dict[Path, FileStamp]:
+        """Of every file, as it was when its header was read."""
+        return {shard.path: shard.stamp for shard in self._shards.values()}
 
     @property
     def nbytes(self) -> int:

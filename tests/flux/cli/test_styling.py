@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from flux.images import read_settings
+from flux.memory.residency import Residency
 from flux.models.redux import Redux
 from flux.ops.layers import on_meta
 from flux.specs.vision import REDUX
@@ -140,3 +141,21 @@ def test_an_adapter_without_its_tower_or_of_another_family_is_named(redux, guide
         said = redux(two[0], "--quiet", code=2, **changes)
         assert len(said.err) == 1
         assert says in said.err[0], said.err
+
+
+def test_a_policy_streams_the_vision_tower(redux, two, monkeypatch):
+    limits, load = {}, Residency.load
+
+    def told(own, without=(), watch=None, limit=None):
+        limits[type(own.module).__name__] = limit
+        return load(own, without, watch, limit)
+
+    monkeypatch.setattr(Residency, "load", told)
+    drawn = [redux(*two, "--policy", policy)[0].astype(int) for policy in ("keep", "save")]
+    assert limits["SiglipVision"] == limits["Flux1"] == 0
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1  # the last bit of a norm's statistics, in strips
+
+
+def test_a_budget_below_what_the_tower_needs_is_refused(redux, two):
+    said = redux(*two, "--policy", "0.0005", code=2)
+    assert "a budget of 0.0005 GiB is below the least that this takes, 0.01 GiB; raise it" in said.err[-1]

@@ -120,6 +120,18 @@ def test_no_picture_gives_no_tokens(encoder):
     assert encoder.encode_all([]) == []
 
 
+@torch.inference_mode()
+def test_a_tower_that_is_streamed_gives_the_same_tokens(encoder):
+    pictures, held = [ReduxPicture(views=views_of())] * 2, []
+    [expected, _] = encoder.encode_all(pictures)
+    watch = lambda *_: held.append(encoder.tower.residency.limit)  # noqa: E731
+    for limit in (0, encoder.tower.residency.accounts.footprint().device_bytes // 2):
+        for made in encoder.encode_all(pictures, limits={"vision": limit}, watch=watch):
+            assert torch.equal(made.tokens, expected.tokens)
+        assert limit in held
+    assert encoder.tower.residency.resident_bytes == 0
+
+
 def test_a_grid_averages_every_view_and_its_weights(encoder):
     weights = rows(2, GRID**2, seed=4).sigmoid()
     views = views_of(2, weights)

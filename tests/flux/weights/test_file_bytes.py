@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from flux.errors import FileError, UserError
 from flux.weights.readers import file_bytes
 from flux.weights.readers.file_bytes import ENVIRONMENT, FileBytes, faster_way
+from flux.weights.readers.stamps import stamp_of
 
 NUMBERS = torch.arange(64, dtype=torch.float32)
 
@@ -29,12 +31,51 @@ def test_every_way_gives_the_same_numbers(path, way):
 
 def test_mapped_numbers_are_the_file_itself(path):
     file = FileBytes(path, "map")
-    pointers = {file.tensor(4, 256, torch.float32, "numbers").data_ptr() for _ in range(3)}
-    assert len(pointers) == 1
+    found = [file.tensor(4, 256, torch.float32, "numbers") for _ in range(3)]
+    assert len({numbers.data_ptr() for numbers in found}) == 1
+    write_number(path, 9.0)
+    assert found[0][0] == 9.0
+
+
+@pytest.mark.parametrize("way", ["map", "read"])
+def test_a_file_that_was_written_to_is_not_read_on(path, way):
+    file = FileBytes(path, way)
+    file.tensor(4, 256, torch.float32, "numbers")
+    write_number(path, 9.0)
+    with pytest.raises(FileError, match=r"numbers\.bin was changed after it was opened, before tensor a was read"):
+        file.tensor(4, 64, torch.float32, "tensor a")
+    with pytest.raises(FileError, match="was changed after it was opened"):
+        file.read_into(torch.empty(4, dtype=torch.uint8), 4, "tensor a")
+    assert FileBytes(path, way).tensor(4, 4, torch.float32, "numbers").item() == 9.0
+
+
+def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(path):
+    with path.open("rb") as file:
+        stamp = stamp_of(file.fileno())
+    other = path.with_name("other.bin")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(stamp.written, stamp.written))
+    os.replace(other, path)
+    with pytest.raises(FileError, match=r"numbers\.bin was changed after it was opened"):
+        FileBytes(path, stamp=stamp).tensor(4, 64, torch.float32, "tensor a")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_to_its_end(path):
+    file = FileBytes(path)
+    file.tensor(4, 64, torch.float32, "numbers")
+    other = path.with_name("other.bin")
+    other.write_bytes(b"another file")
+    os.replace(other, path)
+    assert torch.equal(file.tensor(4, 256, torch.float32, "numbers"), NUMBERS)
+
+
+def write_number(path, number):
+    """Write the first one, at another time than the file was made."""
     with path.open("r+b") as writer:
         writer.seek(4)
-        writer.write(torch.tensor([9.0]).numpy().tobytes())
-    assert file.tensor(4, 4, torch.float32, "numbers").item() == 9.0
+        writer.write(torch.tensor([number]).numpy().tobytes())
+    written = path.stat().st_mtime_ns + 1_000_000
+    os.utime(path, ns=(written, written))
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="this system has no private maps")
