@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..errors import MissingFileError
 from ..pipelines.describe import human_bytes
+from ..pipelines.layout import table
 from ..pipelines.prompt_folder import KeptFile, clear_folder, kept_files
-from .console import say, table
+from .console import say
 
 __all__ = ["run"]
 

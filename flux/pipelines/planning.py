@@ -205,14 +205,11 @@ def plan_run(
     """
     on_cpu = torch.device(device).type == "cpu"
     plan = functools.partial(_planned_stage, job=job, policy=policy, available=available, on_cpu=on_cpu)
-    stages, short = [], []
-    for part, name in ((part, name) for part in parts for name in _stages_of(part.spec, job)):
-        try:
-            stages.append(plan(part, name))
-        except BudgetError as error:
-            short.append(error)
+    found = [_or_too_little(plan, part, name) for part in parts for name in _stages_of(part.spec, job)]
+    short = [stage for stage in found if isinstance(stage, BudgetError)]
     if short:  # the stage that takes most says what would do for all
         raise max(short, key=lambda error: error.least)
+    stages = [stage for stage in found if isinstance(stage, StagePlan)]
     order = {name: index for index, name in enumerate(STAGES)}
     stages.sort(key=lambda stage: order[stage.name])
     return RunPlan(tuple(stages), policy, device, available, rates)
@@ -232,6 +229,14 @@ def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = N
     wanted = stage or only
     assert wanted is not None
     return _work(spec, wanted, dtype, job, in_strips=in_strips).peak
+
+
+def _or_too_little(plan: Callable[..., StagePlan], part: Planned, name: str) -> StagePlan | BudgetError:
+    """A stage's plan, or why it has none."""
+    try:
+        return plan(part, name)
+    except BudgetError as error:
+        return error
 
 
 def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:
