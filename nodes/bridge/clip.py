@@ -25,6 +25,7 @@ from ...flux.pipelines.prompts import cut_sentences
 from ...flux.specs.fit import Given
 from ...flux.specs.text import CLIP_MINI, T5_MINI, ClipTextSpec, T5Spec
 from ...flux.weights.packed import Packed
+from ...flux.weights.readers.stamps import FileStamp
 from ...flux.weights.readers.tokenizer import (
     ClipTokenizer,
     T5Tokenizer,
@@ -121,6 +122,7 @@ class HostTextEncoders(nn.Module):
         self.dtypes = dtypes
         self.execution_device: torch.device | None = None
         self.given: tuple[Given, ...] = ()
+        self.stamps: dict[Path, FileStamp] = {}
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """Take the device to run on. Layers cannot be chosen: FLUX.1 uses the last of both."""
@@ -194,6 +196,7 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512, memory: Policy
         model_options={"initial_device": offload} if offload != device else {},
     )
     result.cond_stage_model.given = tuple(weights.given for weights in parts)
+    result.cond_stage_model.stamps = {path: own for weights in parts for path, own in weights.stamps.items()}
     if any(packed):
         holders = result.cond_stage_model.named_children()
         under_policy(result.cond_stage_model, [

@@ -16,6 +16,7 @@ from .experts import EXPERT, expert_of, our_spec
 from .pictures import CONTROLS, IMAGE, MASK, taken_by
 from .preflight import check_together, files_of, given_of
 from .progress import say
+from .prompts import encode_tokens
 from .references import LATENTS, VIEWS, views_of
 from .styles import STYLES
 
@@ -37,7 +38,9 @@ ONLY_OURS = {
 UNKNOWN_ENCODERS = "the text encoders that belong to it"
 
 
-def encode(clip: Any, clip_prompt: str, t5_prompt: str, guidance: float) -> Conditioning:
+def encode(
+    clip: Any, clip_prompt: str, t5_prompt: str, guidance: float, *, kept: bool = False, on_disk: bool = False
+) -> Conditioning:
     """Encode a prompt with any CLIP of FLUX.1.
 
     Args:
@@ -45,6 +48,8 @@ def encode(clip: Any, clip_prompt: str, t5_prompt: str, guidance: float) -> Cond
         clip_prompt: For CLIP-L.
         t5_prompt: For T5.
         guidance: Strength that is written beside the text.
+        kept: Whether what our CLIP makes is kept in memory, and given again for the same prompt.
+        on_disk: Whether on disk, too.
 
     Raises:
         MismatchError: The CLIP is another family's.
@@ -59,7 +64,7 @@ def encode(clip: Any, clip_prompt: str, t5_prompt: str, guidance: float) -> Cond
         )
     if apart:
         tokens["t5xxl"] = clip.tokenize(t5_prompt, cut_told_of=("t5xxl",))["t5xxl"]
-    return clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": guidance})
+    return encode_tokens(clip, tokens, {"guidance": guidance}, kept=kept, on_disk=on_disk)
 
 
 def with_guidance(conditioning: Conditioning, guidance: float) -> Conditioning:

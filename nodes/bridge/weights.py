@@ -27,6 +27,7 @@ from ...flux.pipelines.parts import BoundPart, bind_part
 from ...flux.specs.fit import Given
 from ...flux.weights.binding import Binding
 from ...flux.weights.packed import Packed
+from ...flux.weights.readers.stamps import FileStamp
 from .compat import asked_text_dtype
 from .preflight import users_files
 
@@ -100,6 +101,11 @@ class Weights:
     def given(self) -> Given:
         """The file, and what it was found to be."""
         return Given(self.bound.checkpoint.path, self.bound.recognised)
+
+    @property
+    def stamps(self) -> Mapping[Path, FileStamp]:
+        """Its files, as they were when they were opened."""
+        return self.bound.checkpoint.stamps
 
     @property
     def spec(self) -> Any:

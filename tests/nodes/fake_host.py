@@ -118,6 +118,7 @@ def modules(folder: Path) -> dict[str, ModuleType]:
         get_folder_paths=lambda key: [str(folder / key)],
         recursive_search=search,
         models_dir=str(folder),
+        get_user_directory=lambda: str(folder / "user"),
         add_model_folder_path=lambda key, path, is_default=False: None,
     )
     return {"comfy_api": api, "comfy_api.latest": latest, "folder_paths": paths}
@@ -127,7 +128,7 @@ def internals() -> dict[str, ModuleType]:
     """As much of the host's internals as the bridge's modules of these nodes ask for when they are imported."""
     names = ("comfy", "comfy.cli_args", "comfy.conds", "comfy.lora", "comfy.model_management", "comfy.model_patcher",
              "comfy.ops", "comfy.patcher_extension", "comfy.sample", "comfy.utils", "comfy_execution",
-             "comfy_execution.utils", "latent_preview", "server")  # fmt: skip
+             "comfy_execution.utils", "latent_preview", "node_helpers", "server")  # fmt: skip
     made = {name: ModuleType(name) for name in names}
     for name, module in made.items():
         parent, _, own = name.rpartition(".")

@@ -17,9 +17,10 @@ CONTRACT = {
     "FluxFoundryLoadAutoencoder": (["vae", "memory", "budget"], ["Vae"]),
     "FluxFoundryLoadEmbedded": (["model"], ["Model", "Clip", "Vae"]),
     "FluxFoundryTextEncode": (
-        ["clip", "prompt", "guidance", "negative", "clip_prompt", "t5_prompt"],
+        ["clip", "prompt", "guidance", "negative", "clip_prompt", "t5_prompt", "cache"],
         ["Conditioning", "Conditioning"],
     ),
+    "FluxFoundryClearPromptCache": (["where"], ["String"]),
     "FluxFoundryEmptyLatent": (["aspect", "megapixels", "width", "height", "batch_size"], ["Latent", "Int", "Int"]),
     "FluxFoundryDecode": (["vae", "latent"], ["Image"]),
     "FluxFoundrySchedule": (
