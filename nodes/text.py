@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -143,8 +142,8 @@ class ClearPromptCache(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> float:
-        """Runs every time: a NaN is unlike any other."""
-        return math.nan
+        """Runs every time: a new NaN is unlike any other, while one and the same is like itself within a tuple."""
+        return float("nan")
 
 
 NODES: list[type[io.ComfyNode]] = [TextEncode, ClearPromptCache]
