@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "Cancelled",
+    "DeviceLostError",
     "FileError",
     "FluxFoundryError",
     "MismatchError",
@@ -44,6 +45,10 @@ class MissingFileError(UserError):
 
 class MismatchError(UserError):
     """Parts that do not fit each other."""
+
+
+class DeviceLostError(FluxFoundryError):
+    """A device that stopped working."""
 
 
 class NumericError(FluxFoundryError):

@@ -16,7 +16,10 @@ __all__ = ["Fallback", "is_exhausted", "load_what_fits"]
 Result = TypeVar("Result")
 Tell = Callable[[str], None]
 
-CPU_WORDS = "can't allocate memory"  # torch's, where the host's memory ran out
+WORDS = (  # torch's, where the host's memory ran out, and where a driver had none for something beside tensors
+    "can't allocate memory",
+    "CUDA error: out of memory",
+)
 SHARE_THAT_STAYS = 0.5  # of the blocks that stay, each time that memory runs out
 
 
@@ -24,7 +27,7 @@ def is_exhausted(error: BaseException) -> bool:
     """Whether an error says that a device or the host had no memory for something."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and CPU_WORDS in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
 
 
 def load_what_fits(
@@ -48,7 +51,7 @@ def load_what_fits(
     """
     while True:
         try:
-            residency.load(without, watch, limit)
+            residency.load(without, watch, limit, tell)
             return
         except Exception as error:
             if not is_exhausted(error):
@@ -128,7 +131,7 @@ class Fallback:
         for residency, without in self._loaded:
             lower = _lowered(residency, without, residency.limit)
             if lower is not None:
-                residency.load(without, limit=lower[0])
+                residency.load(without, limit=lower[0], tell=self._tell)
                 counts.append(lower[1])
         if not counts:
             raise _too_little(self._loaded) from fault

@@ -95,6 +95,47 @@ class _Moment:
         self._event.synchronize()
 
 
+class Stages:
+    """Pieces of memory on the host, from where bytes travel to a device.
+
+    Args:
+        count: How many take turns.
+        warn: Told once where memory cannot be pinned, and transfers are slower for it.
+        pin: Makes bytes (n,) in pinned memory; a RuntimeError says that there is none.
+    """
+
+    def __init__(
+        self, count: int, warn: Callable[[str], None] | None = None, pin: Callable[[int], Tensor] | None = None
+    ) -> None:
+        self._pieces: list[Tensor | None] = [None] * count
+        self._warn, self._pin = warn, pin or _pinned
+
+    def piece(self, turn: int, size: int) -> Tensor:
+        """The memory (n,) whose turn it is, of ``size`` bytes at least."""
+        found = self._pieces[turn]
+        if found is None or found.numel() < size:
+            self._pieces[turn] = None  # what was too small is gone before the next one comes
+            found = self._pieces[turn] = self._made(size)
+        return found
+
+    def clear(self) -> None:
+        """Let go of all."""
+        self._pieces = [None] * len(self._pieces)
+
+    def _made(self, size: int) -> Tensor:
+        try:
+            return self._pin(size)
+        except RuntimeError:  # what torch raises where the system pins no more
+            if self._warn is not None:
+                self._warn("memory could not be pinned; weights are streamed from ordinary memory, which is slower")
+                self._warn = None
+            return torch.empty(size, dtype=torch.uint8)
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
 class CudaLane:
     """To a GPU, through two pieces of pinned memory: one is filled while the other travels.
 
@@ -106,9 +147,9 @@ class CudaLane:
     STAGES = 2
 
     def __init__(self, device: torch.device, warn: Callable[[str], None] | None = None) -> None:
-        self.device, self._warn = device, warn
+        self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._stages: list[Tensor | None] = [None] * self.STAGES
+        self._stages = Stages(self.STAGES, warn)
         self._travels: list[_Moment | None] = [None] * self.STAGES
         self._turn, self._lock = 0, threading.Lock()
 
@@ -124,7 +165,7 @@ class CudaLane:
         travelling = self._travels[turn]
         if travelling is not None:
             travelling.block()
-        stage = self._stage(turn, buffer.numel())
+        stage = self._stages.piece(turn, buffer.numel())
         read(stage[:size])
         with torch.cuda.stream(self._stream):
             if after is not None:
@@ -140,25 +181,11 @@ class CudaLane:
 
     def close(self) -> None:
         """See ``Lane``."""
-        self._stream.synchronize()
-        self._stages = [None] * self.STAGES
-        self._travels = [None] * self.STAGES
-
-    def _stage(self, turn: int, size: int) -> Tensor:
-        stage = self._stages[turn]
-        if stage is None or stage.numel() < size:
-            stage = self._pinned(size)
-            self._stages[turn] = stage
-        return stage
-
-    def _pinned(self, size: int) -> Tensor:
         try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:  # what torch raises where the system pins no more
-            if self._warn is not None:
-                self._warn("memory could not be pinned; weights are streamed from ordinary memory, which is slower")
-                self._warn = None
-            return torch.empty(size, dtype=torch.uint8)
+            self._stream.synchronize()
+        finally:  # where the device is lost, nothing is under way any more
+            self._stages.clear()
+            self._travels = [None] * self.STAGES
 
 
 def lane_for(device: torch.device, warn: Callable[[str], None] | None = None) -> Lane:

@@ -25,6 +25,8 @@ from .streaming import Movable, Streamer, Unit
 
 __all__ = ["Passed", "Residency", "Watch", "Weight"]
 
+Tell = Callable[[str], None]
+
 
 class Passed(NamedTuple):
     """What went through rings of buffers: bytes, and seconds that blocks waited for them."""
@@ -94,13 +96,20 @@ class Residency:
         self.accounts = Accounts(module, self._weights, item=dtype.itemsize, keeps_packed=keeps_packed, blocks=blocks)
         module.requires_grad_(False)
 
-    def load(self, without: Iterable[str] = (), watch: Watch | None = None, limit: int | None = None) -> int:
+    def load(
+        self,
+        without: Iterable[str] = (),
+        watch: Watch | None = None,
+        limit: int | None = None,
+        tell: Tell | None = None,
+    ) -> int:
         """Bring in every absent parameter except those below some prefixes; what goes beyond the limit is streamed.
 
         Args:
             without: The prefixes.
             watch: Called before each parameter, and at the end.
             limit: Bytes that all of this module's may take. What cannot be streamed stays in any case.
+            tell: Told in a sentence where what is streamed will be slower than it could be.
 
         Returns:
             The bytes brought.
@@ -127,19 +136,21 @@ class Residency:
         if watch is not None and wanted:
             watch(len(wanted), len(wanted))
         if streamed:
-            self._start({place: self._unit(place, names) for place, names in streamed.items()})
+            self._start({place: self._unit(place, names) for place, names in streamed.items()}, tell)
         return brought
 
     def release(self, prefixes: Iterable[str] | None = None) -> int:
         """Let go of the parameters below ``prefixes``, or of all and of what streams; returns the bytes let go."""
-        if prefixes is None:
-            self._stop()
         chosen = None if prefixes is None else below(prefixes)
         released = 0
-        for name in self._weights:
-            if chosen is None or name.startswith(chosen):
-                released += self._drop(name)
-        drop_spare()
+        try:
+            if prefixes is None:
+                self._stop()
+        finally:  # also where a device is lost
+            for name in self._weights:
+                if chosen is None or name.startswith(chosen):
+                    released += self._drop(name)
+            drop_spare()
         return released
 
     @contextmanager
@@ -172,9 +183,9 @@ class Residency:
     def _unit(self, place: int, names: Iterable[str]) -> Unit:
         return Unit(place, tuple((self._place(name)[0], self._weights[name]) for name in names))
 
-    def _start(self, units: Mapping[int, Unit]) -> None:
+    def _start(self, units: Mapping[int, Unit], tell: Tell | None) -> None:
         """Have the weights of some blocks come when they are called, and go when they have run."""
-        streamer = Streamer(tuple(units.values()), self._lane or lane_for(self.device))
+        streamer = Streamer(tuple(units.values()), self._lane or lane_for(self.device, tell))
         self._streamer = streamer
         for place in units:
             block = self.module.get_submodule(self.accounts.blocks[place])
@@ -185,10 +196,10 @@ class Residency:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._streamer is not None:
-            self._passed = self.passed
-            self._streamer.close()
-        self._streamer, self._streamed = None, frozenset()
+        self._passed = self.passed
+        streamer, self._streamer, self._streamed = self._streamer, None, frozenset()
+        if streamer is not None:
+            streamer.close()
 
     def _place(self, name: str) -> tuple[Any, str]:
         path, _, leaf = name.rpartition(".")

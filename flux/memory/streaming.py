@@ -149,8 +149,12 @@ class Streamer:
         self._running: tuple[_Layout, int] | None = None
         self._views: dict[tuple[int, int], list[PackedWeight]] = {}
         self._next = 0
-        for slot in range(len(self._buffers)):
-            self._request(slot, None)
+        try:
+            for slot in range(len(self._buffers)):
+                self._request(slot, None)
+        except BaseException:  # there is no thread for it
+            self.close()
+            raise
 
     @property
     def ring_bytes(self) -> int:
@@ -192,9 +196,11 @@ class Streamer:
             self._running = None
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._coming.clear()
-        self._lane.close()
-        self._views.clear()
-        self._buffers.clear()
+        try:
+            self._lane.close()
+        finally:
+            self._views.clear()
+            self._buffers.clear()
 
     def _weights(self, coming: _Coming) -> list[PackedWeight]:
         """Views of a buffer, made once for each block in it."""

@@ -5,6 +5,7 @@ Opening a part reads headers only; its weights come when a stage needs them and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..memory.available import available_bytes
 from ..memory.exhaustion import load_what_fits
+from ..memory.loss import is_lost, lost
 from ..memory.metering import Meter, NoMeter
 from ..memory.residency import Residency, Watch
 from ..models.autoencoder import Autoencoder
@@ -53,12 +56,16 @@ SHARE_FOR_NUMBERS = 0.5  # of the memory that is left, which unpacked weights ma
 
 
 class Part(Generic[Spec, Module]):
-    """A spec, its module on the meta device, the weights' residency, and the files as they were when opened."""
+    """A spec, its module on the meta device, the weights' residency, and the files that they come from."""
 
-    def __init__(
-        self, spec: Spec, module: Module, residency: Residency, given: Given, stamps: Mapping[Path, FileStamp]
-    ) -> None:
-        self.spec, self.module, self.residency, self.given, self.stamps = spec, module, residency, given, stamps
+    def __init__(self, spec: Spec, module: Module, residency: Residency, given: Given, checkpoint: Checkpoint) -> None:
+        self.spec, self.module, self.residency, self.given = spec, module, residency, given
+        self._checkpoint, self._use = checkpoint, threading.Lock()
+
+    @property
+    def stamps(self) -> Mapping[Path, FileStamp]:
+        """The files, as they were when they were opened."""
+        return self._checkpoint.stamps
 
     @property
     def path(self) -> Path:
@@ -89,16 +96,49 @@ class Part(Generic[Spec, Module]):
 
         ``watch`` hears of each weight on its way in, and may raise to stop. Where they would take more than ``limit``
         bytes, or more than there is, some of the module's blocks are streamed; the latter is told.
+
+        Raises:
+            UserError: Another run has them, or a file was changed since it was opened, or is about to be.
+            DeviceLostError: The device failed, in here or in the block.
         """
+        if not self._use.acquire(blocking=False):
+            raise UserError(
+                f"{self.path.name} is in use by another run; wait until that is over, or open the model a second time"
+            )
         try:
-            load_what_fits(self.residency, without, watch, limit, tell)
-            yield self.module
+            with self._checkpoint.held() as check, _checked(self.module, self.device, check):
+                try:
+                    load_what_fits(self.residency, without, watch, limit, tell)
+                    yield self.module
+                finally:
+                    self.residency.release()
+        except Exception as error:
+            if is_lost(error):
+                raise lost(self.device, error) from error
+            raise
         finally:
-            self.residency.release()
+            self._use.release()
 
     def metered(self, meter: Meter | NoMeter, stage: str) -> AbstractContextManager[None]:
         """Have a meter note what a stage takes that runs with this part."""
         return meter.stage(stage, title_of(self.spec), self.residency)
+
+
+@contextmanager
+def _checked(module: nn.Module, device: torch.device, check: Callable[[], None]) -> Iterator[None]:
+    """Have files checked before everything that may use mapped pages of them: on a CPU weights can be such.
+
+    That is before a module and its blocks, or before every layer where it has no row of blocks.
+    """
+    blocks = [module, *(module.get_submodule(name) for name in block_names(module))]
+    layers = blocks if len(blocks) > 1 else [own for own in module.modules() if next(own.children(), None) is None]
+    on_cpu = layers if device.type == "cpu" else []
+    handles = [layer.register_forward_pre_hook(lambda *_: check()) for layer in on_cpu]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class MeteredPart(Generic[Spec, Module]):
@@ -298,7 +338,7 @@ def _open(
     blocks = block_names(bound.module)
     residency = Residency(bound.module, bound.bindings, device=device, dtype=chosen, keeps_packed=packs, blocks=blocks)
     given = Given(bound.checkpoint.path, bound.recognised)
-    return Part(bound.recognised.spec, bound.module, residency, given, bound.checkpoint.stamps)
+    return Part(bound.recognised.spec, bound.module, residency, given, bound.checkpoint)
 
 
 def packs_on(bound: BoundPart, device: torch.device, dtype: torch.dtype, available: int) -> bool:

@@ -263,7 +263,11 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     in_strips = isinstance(part.spec, AutoencoderSpec) and needs_strips(policy, needs, available)
     operations = found.operations
     if in_strips:
-        found = _work(part.spec, name, part.dtype, job, in_strips=True)
+        striped = _work(part.spec, name, part.dtype, job, in_strips=True)
+        # Of small pictures strips take more than one piece, which is the least then that a budget has to have room for.
+        in_strips = policy.budget is None or striped.peak < found.peak
+    if in_strips:
+        found = striped
         needs = replace(needs, working=found.peak + packing)
         operations *= IN_STRIPS[name]
     limit = weights_limit(policy, needs, available)

@@ -6,7 +6,8 @@ its format and its companions (scales and the like); nothing else in the engine 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +45,9 @@ class ModelFile(Protocol):
     @property
     def stamps(self) -> Mapping[Path, FileStamp]: ...
     def __getitem__(self, name: str, /) -> TensorEntry: ...
+    def held(self) -> AbstractContextManager[Callable[[], None]]:
+        """Have others leave the files as they are; yields what checks that they did."""
+
     def stored(self, name: str, /) -> Tensor:
         """A tensor as it stands in the file; not to be written to."""
 
@@ -173,6 +177,11 @@ class Checkpoint(Mapping[str, Source]):
         self.stamps = dict(file.stamps)
         self.is_gguf = isinstance(file, GgufFile)
         self._sources = dict(sources)
+        self._file = file
+
+    def held(self) -> AbstractContextManager[Callable[[], None]]:
+        """Have others leave the files as they are inside the block; see ``readers.file_bytes.FileBytes.held``."""
+        return self._file.held()
 
     def __getitem__(self, name: str) -> Source:
         return self._sources[name]

@@ -1,4 +1,4 @@
-"""Prompts that a real host has encoded before come back to the bit, from memory and from disk, and patched ones apart."""
+"""Prompts that a real host has encoded before come back to the bit, from memory and disk, and patched ones apart."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from ...errors import FileError, UserError
 from .header import TensorEntry
+from .leases import Lease
 from .stamps import FileStamp, stamp_of
 
 __all__ = ["ENVIRONMENT", "WAYS", "FileBytes", "MappedTensors"]
@@ -63,6 +66,8 @@ class FileBytes:
         self._fd: int | None = None
         self._map: mmap.mmap | None = None
         self._stamp = stamp
+        self._lease: Lease | None = None
+        self._holders = 0
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:
@@ -111,6 +116,39 @@ class FileBytes:
                 fd = self._open(start + target.numel(), what)
             self._fill(target, fd, start, what)
 
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Have others leave the file as it is inside the block, where the system sees to that (``leases``).
+
+        Yields:
+            What has to be called from time to time, and before what is mapped is used.
+
+        Raises:
+            FileError: The file was changed since it was opened, or is about to be; also from what is yielded.
+        """
+        with self._lock:
+            if self._lease is None:
+                self._lease = Lease(self._open(0, "it"), self.path.name)
+            self._holders += 1
+        try:
+            self.check()
+            yield self.check
+        finally:
+            with self._lock:
+                self._holders -= 1
+                lease = self._lease
+                if lease is not None and not self._holders:
+                    self._lease = None
+                    lease.close()
+
+    def check(self) -> None:
+        """Refuse a file that was changed since it was opened, or is about to be.
+
+        Raises:
+            FileError: It is.
+        """
+        self._open(0, "it")
+
     def want(self, start: int, length: int) -> None:
         """Have a mapped part's pages brought in together, ahead of their use."""
         page = mmap.PAGESIZE
@@ -133,6 +171,12 @@ class FileBytes:
             now = stamp_of(self._fd)
         except OSError as error:
             raise FileError(f"{self.path} cannot be read any more: {error.strerror}; is it still there?") from error
+        lease = self._lease
+        if lease is not None and lease.is_wanted:
+            raise FileError(
+                f"{self.path.name} is about to be changed by another program, so that it is not used any further; run "
+                "again when that is done"
+            )
         before = self._stamp = self._stamp or now
         if now.size < max(end, before.size):
             raise FileError(f"{self.path.name} ended while {what} was read; was it replaced meanwhile?")
@@ -210,6 +254,10 @@ class MappedTensors:
     @property
     def stamps(self) -> dict[Path, FileStamp]:
         return {self.path: self.stamp}
+
+    def held(self) -> AbstractContextManager[Callable[[], None]]:
+        """See ``FileBytes.held``."""
+        return self._bytes.held()
 
     def want(self, name: str) -> None:
         """Have a mapped tensor's pages brought in together, ahead of their use."""

@@ -6,7 +6,8 @@ The index is ``{"weight_map": {tensor: file}, "metadata": {...}}``, beside the f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -84,6 +85,18 @@ class ShardedFile(Mapping[str, TensorEntry]):
     def read_into(self, name: str, target: Tensor) -> None:
         """See ``SafetensorsFile.read_into``."""
         self._home[name].read_into(name, target)
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """See ``SafetensorsFile.held``."""
+        with ExitStack() as stack:
+            checks = [stack.enter_context(shard.held()) for shard in self._shards.values()]
+
+            def check_all() -> None:
+                for check in checks:
+                    check()
+
+            yield check_all
 
     def want(self, name: str) -> None:
         """See ``SafetensorsFile.want``."""

@@ -146,9 +146,9 @@ def test_an_adapter_without_its_tower_or_of_another_family_is_named(redux, guide
 def test_a_policy_streams_the_vision_tower(redux, two, monkeypatch):
     limits, load = {}, Residency.load
 
-    def told(own, without=(), watch=None, limit=None):
+    def told(own, without=(), watch=None, limit=None, tell=None):
         limits[type(own.module).__name__] = limit
-        return load(own, without, watch, limit)
+        return load(own, without, watch, limit, tell)
 
     monkeypatch.setattr(Residency, "load", told)
     drawn = [redux(*two, "--policy", policy)[0].astype(int) for policy in ("keep", "save")]
