@@ -28,6 +28,7 @@ from flux.pipelines.parts import open_transformer
 from flux.pipelines.text_to_image import Request, generate, generate_each
 from flux.specs.autoencoder import AUTOENCODERS
 from flux.weights.readers import leases
+from flux.weights.readers.file_bytes import ENVIRONMENT
 from flux.weights.readers.leases import Lease
 from tests.guides import PROMPT, SIGMAS, noise
 from tests.tiny import TINY, write_module, write_tiny
@@ -138,6 +139,18 @@ def test_without_leases_it_is_noticed_before_the_next_block(path, way, change, s
         run(part, way, preview=once(lambda: change(path)))
     assert part.residency.resident_bytes == 0
     assert threading.active_count() == threads
+
+
+@each_way
+def test_without_leases_files_that_are_read_and_not_mapped_may_be_cut_at_any_moment(
+    path, way, without_leases, monkeypatch
+):
+    monkeypatch.setenv(ENVIRONMENT, "read")
+    part = opened(path, way)
+    # In the middle of a block, which goes on with its other layers.
+    part.module.double_blocks[0].img_attn.qkv.register_forward_hook(once(lambda: os.truncate(path, 1000)))
+    with pytest.raises(FileError, match=rf"{path.name} ended while .* was read"):
+        run(part, way)
 
 
 @each_way
