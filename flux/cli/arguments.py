@@ -169,6 +169,7 @@ def add_plan(commands: Commands) -> None:
         "--reference", action="append", default=[], metavar="WxH",
         help="a picture of this size that the model looks at; may be repeated",
     )  # fmt: skip
+    parser.add_argument("--step-cache", action="store_true", help="with a step cache, which keeps what a step did")
     parser.add_argument("--from-picture", action="store_true", help="a picture is encoded: to start from, fill, follow")
     parser.add_argument(
         "--policy", default="auto", metavar="POLICY",
@@ -284,6 +285,15 @@ def _add_sampling(group: Group) -> None:
         "--sigmas", type=numbers, metavar="1,...,0", help="explicit falling times in place of steps and scheduler"
     )
     group.add_argument("--noise", default="comfyui", help=f"whose noise: {', '.join(NOISES)} (default: comfyui)")
+    group.add_argument(
+        "--step-cache", type=float, metavar="THRESHOLD",
+        help="skip most of a step whose first block changed by less than this share, as 0.1; more is faster and less "
+        "exact; for runs of more than 8 steps",
+    )  # fmt: skip
+    group.add_argument(
+        "--step-cache-skips", type=int, metavar="N", help="at most so many one after the other (default: 3)"
+    )
+    group.add_argument("--step-cache-warmup", type=int, metavar="N", help="never the first so many steps (default: 4)")
 
 
 def _add_start(group: Group) -> None:

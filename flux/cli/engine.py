@@ -19,6 +19,7 @@ from ..pipelines.parts import open_autoencoder, open_transformer
 from ..pipelines.prompt_cache import PromptCache
 from ..pipelines.prompt_folder import FolderStore
 from ..pipelines.prompts import open_text_encoders
+from ..pipelines.step_cache import StepCache
 from ..pipelines.text_to_image import FluxModel, Request
 from .files import ModelFiles
 
@@ -173,8 +174,24 @@ def request_of(arguments: argparse.Namespace, seed: int, **fields: Any) -> Reque
         solver=arguments.solver,
         noise=arguments.noise,
         memory=read_policy(arguments.policy),
+        step_cache=step_cache_of(arguments),
         **fields,
     )
+
+
+def step_cache_of(arguments: argparse.Namespace) -> StepCache | None:
+    """When steps may be skipped, by the options; None where they ask for no step cache.
+
+    Raises:
+        UserError: A number is out of range, or there is one for a cache that was not asked for.
+    """
+    limits = {"max_skips": arguments.step_cache_skips, "warmup": arguments.step_cache_warmup}
+    given = {name: value for name, value in limits.items() if value is not None}
+    if arguments.step_cache is not None:
+        return StepCache(threshold=arguments.step_cache, **given)
+    if given:
+        raise UserError("--step-cache-skips and --step-cache-warmup say how --step-cache works; give --step-cache 0.1")
+    return None
 
 
 def guide_of(arguments: argparse.Namespace) -> dict[str, Any]:

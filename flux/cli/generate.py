@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         tell(remark)
     # 3. Pictures, each written as soon as it is there.
     record = Record(files, job.model, {**given, **job.files}, notes)
-    hooks = Hooks(warn=warn, meter=Meter(job.model.transformer.device) if arguments.report else NoMeter())
+    meter = Meter(job.model.transformer.device) if arguments.report else NoMeter()
+    hooks = Hooks(warn=warn, tell=tell, meter=meter)
     plan = plan_of(job.model, job.request) if arguments.report else None
     _draw(job, output, record, clock, Bar(arguments.quiet), hooks, tell)
     # 4. What it took, and the record.

@@ -136,6 +136,7 @@ def _job(arguments: argparse.Namespace, spec: Flux1Spec) -> Job:
         prompts=2 if arguments.negative else 1,
         references=tuple(_reference(text) for text in arguments.reference),
         starts=arguments.from_picture or spec.task not in ("draw", "edit"),
+        cached=arguments.step_cache,
     )
 
 

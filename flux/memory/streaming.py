@@ -229,10 +229,21 @@ class Streamer:
         return self._lane.bring(self._buffers[slot], layout.size, layout.read, after)
 
     def _begin_again(self, index: int) -> None:
-        """Blocks run otherwise than expected, as after a pass that was broken off: bring from this one on."""
-        expected = list(self._coming)
+        """Blocks run otherwise than expected: a pass was broken off, or left out all but its first blocks.
+
+        They come from this one on; those that are wanted and on their way stay where they are.
+        """
+        expected, count = list(self._coming), len(self._layouts)
+        there = {self._order[coming.layout.unit.place]: coming for coming in expected}
+        wanted = [(index + ahead) % count for ahead in range(len(expected))]
+        free = deque(coming for own, coming in there.items() if own not in wanted)
         self._coming.clear()
-        self._next = index
-        for coming in expected:
-            coming.arrival.cancel()
-            self._request(coming.slot, coming.after)
+        for own in wanted:
+            if own in there:
+                self._coming.append(there[own])
+                continue
+            given_up = free.popleft()
+            given_up.arrival.cancel()
+            self._next = own
+            self._request(given_up.slot, given_up.after)
+        self._next = (wanted[-1] + 1) % count

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..ops.layers import TORCH_LAYERS, Layers
 from ..specs.flux1 import Flux1Spec
 from .positions import apply_rope, rope
 
-__all__ = ["Attend", "Conditions", "Flux1", "Modulations", "rotary_attention", "timestep_embedding"]
+__all__ = ["Attend", "Conditions", "Flux1", "Modulations", "Shortcut", "rotary_attention", "timestep_embedding"]
 
 NORM_EPS = 1e-6
 TIME_WIDTH = 256
@@ -71,6 +71,21 @@ class Conditions(NamedTuple):
     bias: Tensor | None = None
 
 
+class Shortcut(Protocol):
+    """What may stand in for all blocks but the first."""
+
+    def recall(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """The image tokens (B, I, h) behind the last block, or None where the blocks have to run.
+
+        Args:
+            before: Image tokens as the first block took them.
+            after: As it gave them.
+        """
+
+    def remember(self, last: Tensor) -> None:
+        """Note the image tokens (B, I, h) behind the last block, which did run."""
+
+
 class Flux1(nn.Module):
     """The transformer of any FLUX.1 variant."""
 
@@ -88,7 +103,12 @@ class Flux1(nn.Module):
         self.final_layer = FinalLayer(spec, layers)
 
     def forward(
-        self, image: Tensor, conditions: Conditions, modulations: Modulations, observe: Observer | None = None
+        self,
+        image: Tensor,
+        conditions: Conditions,
+        modulations: Modulations,
+        observe: Observer | None = None,
+        shortcut: Shortcut | None = None,
     ) -> Tensor:
         """Predict the velocity ``noise - data``.
 
@@ -97,6 +117,7 @@ class Flux1(nn.Module):
             conditions: Text tokens, positions and bias.
             modulations: From ``modulate``, or from a table made ahead of the run.
             observe: Called with each block's index before it runs; may raise to stop.
+            shortcut: Asked behind the first block for what the last one would give.
 
         Returns:
             Velocity tokens (B, I, output channels).
@@ -110,8 +131,14 @@ class Flux1(nn.Module):
         for index, double in enumerate(self.double_blocks):
             if observe is not None:
                 observe(index)
+            before = img if shortcut is not None and index == 0 else None
             img, txt = double(img, txt, rotation, modulations.image[index], modulations.text[index], attend)
             img, txt = clamp_to_range(img), clamp_to_range(txt)
+            if shortcut is not None and before is not None:
+                last, before = shortcut.recall(before, img), None
+                if last is not None:
+                    velocity: Tensor = self.final_layer(last, modulations.final)
+                    return velocity
         x = torch.cat((txt, img), dim=1)
         text_length = txt.shape[1]
         del img, txt
@@ -119,6 +146,8 @@ class Flux1(nn.Module):
             if observe is not None:
                 observe(len(self.double_blocks) + index)
             x = clamp_to_range(single(x, rotation, modulations.single[index], attend))
+        if shortcut is not None:
+            shortcut.remember(x[:, text_length:])
         out: Tensor = self.final_layer(x[:, text_length:], modulations.final)
         return out
 

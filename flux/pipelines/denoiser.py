@@ -24,6 +24,7 @@ from .hooks import Hooks
 from .modulation_tables import tabulate
 from .parts import Part
 from .prompts import EncodedPrompt
+from .step_cache import CachedSteps, Evaluation
 
 __all__ = ["Denoiser", "Engine", "Guidance", "check_text"]
 
@@ -80,6 +81,7 @@ class Denoiser:
         guides: What the transformer is given beside the prompt.
         layout: Of references.
         empty: See ``Guidance``.
+        cached: The run's step cache; None for none.
     """
 
     def __init__(
@@ -91,11 +93,12 @@ class Denoiser:
         guides: Sequence[Guide] = (),
         layout: str = "offset",
         empty: Tensor | None = None,
+        cached: CachedSteps | None = None,
     ) -> None:
         part = engine.part
         check_text(part.spec, prompt)
         self.engine, self.part, self.hooks = engine, part, hooks
-        self.guides, self.layout, self.empty = tuple(guides), layout, empty
+        self.guides, self.layout, self.empty, self.cached = tuple(guides), layout, empty, cached
         self.pooled = prompt.pooled.to(part.device, part.dtype)
         self.prompt = prompt.tokens.to(part.device, part.dtype)
         uses_guidance = part.spec.guidance_embedding and guidance is not None
@@ -123,8 +126,14 @@ class Denoiser:
         count = image.shape[1]
         if beside.references is not None:
             image = self._with_references(image, beside.references.expand(batch, -1, -1))
-        velocity = self.part.module(image, conditions, modulations, self.hooks.check)
+        velocity = self.part.module(image, conditions, modulations, self.hooks.check, self._evaluation(sigma, count))
         return unpack(velocity[:, :count].float(), height, width)
+
+    def _evaluation(self, sigma: float, own: int) -> Evaluation | None:
+        """What the step cache has to do with a call, of which some tokens are the picture's own."""
+        if self.cached is None:
+            return None
+        return self.cached.evaluation([self], sigma, own=own, blocks=len(self.part.module.block_names()))
 
     def _beside(self, size: tuple[int, int]) -> Tokens:
         """What stands beside the image, made once for each size."""

@@ -26,6 +26,7 @@ from .denoiser import Denoiser, Engine, Guidance
 from .hooks import Hooks
 from .parts import Part
 from .prompts import EncodedPrompt
+from .step_cache import CachedSteps
 
 __all__ = ["TRANSFORMER", "Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "denoise", "prepared", "walk"]
 
@@ -50,6 +51,7 @@ def denoise(
     hooks: Hooks | None = None,
     guided: Guidance | None = None,
     limit: int | None = None,
+    cached: CachedSteps | None = None,
 ) -> Tensor:
     """Run a schedule: ``prepared`` for one ``walk``. See there for what the arguments are.
 
@@ -65,7 +67,7 @@ def denoise(
     ready = prepared(
         part, positive, sigmas,
         guidance=guidance, negative=negative, cfg=cfg, solver_name=solver_name, tables=tables, hooks=hooks,
-        guided=guided, limit=limit,
+        guided=guided, limit=limit, cached=cached,
     )  # fmt: skip
     with part.metered(hooks.meter, TRANSFORMER), ready as velocity:
         return walk(
@@ -88,6 +90,7 @@ def prepared(
     hooks: Hooks | None = None,
     guided: Guidance | None = None,
     limit: int | None = None,
+    cached: CachedSteps | None = None,
 ) -> Iterator[Velocity]:
     """Have a transformer ready for a schedule inside the block, for as many walks as wanted.
 
@@ -103,6 +106,7 @@ def prepared(
         hooks: Told of the stage "loading", weight by weight; asked whether to stop.
         guided: What guides the run beside its prompts. Style tokens are the positive prompt's only.
         limit: Bytes that the weights may take, of all transformers together; what goes beyond is streamed.
+        cached: A step cache, of the same schedule; whoever walks has it begin again for each walk.
 
     Yields:
         The velocity of latents (B, C, h, w) at a time of the schedule.
@@ -114,10 +118,11 @@ def prepared(
         flows = []
         for prediction in predictions:
             engine = engines[prediction.model]
-            passes = [Denoiser(engine, positive, guidance, hooks, prediction.guides, guided.layout, guided.empty)]
+            how = guided.layout, guided.empty, cached
+            passes = [Denoiser(engine, positive, guidance, hooks, prediction.guides, *how)]
             if negative is not None and cfg != 1.0:
                 unstyled = [guide for guide in prediction.guides if not isinstance(guide, StyleTokens)]
-                passes.append(Denoiser(engine, negative, guidance, hooks, unstyled, guided.layout, guided.empty))
+                passes.append(Denoiser(engine, negative, guidance, hooks, unstyled, *how))
             flows.append((prediction, passes))
         if tables:
             moments = evaluation_sigmas(solver_name, list(sigmas))
@@ -132,7 +137,10 @@ def prepared(
         )
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            return going_on(lambda: predicted(x, sigma))
+            result = going_on(lambda: predicted(x, sigma))
+            if cached is not None:
+                cached.settle()  # not before: what memory ran out for is repeated from its beginning
+            return result
 
         def predicted(x: Tensor, sigma: float) -> Tensor:
             done = fraction_done(sigma, sigmas)

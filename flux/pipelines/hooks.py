@@ -23,6 +23,7 @@ class Hooks:
         cancelled: Asked before every block, and every weight that is loaded; True stops the run with ``Cancelled``.
         warn: Told in a sentence what was done otherwise than asked.
         meter: Notes what each stage takes.
+        tell: Told in a sentence what came of what was asked.
     """
 
     progress: Callable[[str, int, int], None] | None = None
@@ -30,6 +31,7 @@ class Hooks:
     cancelled: Callable[[], bool] | None = None
     warn: Callable[[str], None] | None = None
     meter: Meter | NoMeter = NoMeter()
+    tell: Callable[[str], None] | None = None
 
     def loading(self, done: int, total: int) -> None:
         """Tell of weights on their way into memory, and raise ``Cancelled`` if the caller wants the run to stop."""

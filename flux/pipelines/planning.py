@@ -32,6 +32,7 @@ from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
 from .modules import block_names, build_of, parameter_shapes
 from .parts import BoundPart, Part, packs_on, title_of
+from .step_cache import CachedSteps, StepCache
 from .strips import Striped
 
 __all__ = [
@@ -70,6 +71,7 @@ class Job:
         starts: Whether a picture is encoded: to start from, to fill, to follow.
         views: Views that a vision tower sees.
         styles: Further text tokens, of Redux.
+        cached: Whether the transformer runs with a step cache.
     """
 
     width: int
@@ -81,6 +83,7 @@ class Job:
     starts: bool = False
     views: int = 0
     styles: int = 0
+    cached: bool = False
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -253,7 +256,7 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     apart = _comes_once(part.spec) if part.apart is None else part.apart
     accounts = part.accounts
     whole, least = accounts.footprint(apart), accounts.footprint(apart, 0)
-    table = _table_bytes(part, job)
+    table = _table_bytes(part, job) + _cache_bytes(part, job)
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
     packed = max(once, accounts.unpacked_bytes(accounts.packable))
@@ -310,6 +313,15 @@ def _table_bytes(part: Planned, job: Job) -> int:
     return job.steps * job.prompts * part.dtype.itemsize * sum(int(layer.out_features) for layer in layers)
 
 
+def _cache_bytes(part: Planned, job: Job) -> int:
+    """What a step cache keeps of the last step: what the first block did to the picture, the others to all tokens."""
+    if not isinstance(part.spec, Flux1Spec) or not job.cached:
+        return 0
+    own, beside = _tokens([job.cells]), _tokens(_reference_cells(job))
+    found = 2 * job.prompts - 1  # of each prompt the last step's and, but for the one that runs, this one's
+    return found * job.batch * (2 * own + beside) * part.spec.hidden * part.dtype.itemsize
+
+
 @functools.lru_cache(32)
 def _module(spec: Any, dtype: torch.dtype) -> Any:
     """A part's module on the meta device."""
@@ -330,22 +342,34 @@ def _work(spec: Any, stage: str, dtype: torch.dtype, job: Job, *, in_strips: boo
 def _run_transformer(module: Flux1, spec: Flux1Spec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Tensor]:
     rows, columns = job.cells
     latents = torch.empty(job.batch, spec.in_channels // PATCH**2, rows, columns)
-    sizes = [(height // CELL, width // CELL) for width, height in job.references]
-    references = sum(-(-height // PATCH) * -(-width // PATCH) for height, width in sizes)
-    beside = torch.empty(1, references, spec.in_channels, dtype=dtype)
+    sizes = _reference_cells(job)
+    beside = torch.empty(1, _tokens(sizes), spec.in_channels, dtype=dtype)
     length = spec.t5_length + job.styles
     text = torch.empty(1, length, spec.context_width, dtype=dtype).expand(job.batch, -1, -1)
     ids = image_ids(rows // PATCH, columns // PATCH)
     if sizes:
         ids = torch.cat((ids, reference_ids(sizes, (rows, columns))))
     modulations = module.modulate(torch.empty(1, spec.hidden, dtype=dtype))
+    cached = CachedSteps(StepCache(), (1.0, 0.0)) if job.cached else None
 
     def step() -> Tensor:
         image = torch.cat((pack(latents.to(dtype)), beside.expand(job.batch, -1, -1)), dim=1)
-        out = module(image, Conditions(text, text_ids(length), ids), modulations)
-        return unpack(out[:, : rows * columns // PATCH**2].float(), rows, columns)
+        own = rows * columns // PATCH**2
+        evaluation = None if cached is None else cached.evaluation((stage,), 1.0, own=own, blocks=0)
+        out = module(image, Conditions(text, text_ids(length), ids), modulations, None, evaluation)
+        return unpack(out[:, :own].float(), rows, columns)
 
     return step
+
+
+def _reference_cells(job: Job) -> list[tuple[int, int]]:
+    """Rows and columns of latent cells of each reference."""
+    return [(height // CELL, width // CELL) for width, height in job.references]
+
+
+def _tokens(sizes: Sequence[tuple[int, int]]) -> int:
+    """Of pictures of these rows and columns of latent cells."""
+    return sum(-(-height // PATCH) * -(-width // PATCH) for height, width in sizes)
 
 
 def _run_autoencoder(module: Any, spec: AutoencoderSpec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:

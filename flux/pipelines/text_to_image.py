@@ -42,6 +42,7 @@ from .guided import (
 from .parts import MeteredPart, Part, check_beside
 from .planning import Grant, Job, grant, plan_run, planned_of_part
 from .prompts import EncodedPrompt, TextEncoders
+from .step_cache import CachedSteps, Skipped, StepCache, check_few, check_steps
 from .strips import AnyPart, StripedPart, in_strips_if_need
 
 __all__ = [
@@ -107,6 +108,7 @@ class Request:
         norms_by_strength: Whether norms of control LoRAs come in as far as their strength goes, and not whole (as Black
             Forest Labs' code has it).
         memory: How much the run may take; see ``memory.policy``. Pictures are the same under any.
+        step_cache: When steps that change little may be skipped; None for never.
     """
 
     prompt: str
@@ -131,6 +133,7 @@ class Request:
     layout: str = "offset"
     norms_by_strength: bool = False
     memory: Policy = Policy()
+    step_cache: StepCache | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
                 request.inputs, encoder, size,
                 layout=request.layout, norms_by_strength=request.norms_by_strength,
             )  # fmt: skip
+    cached = None if request.step_cache is None else CachedSteps(request.step_cache, plan.sigmas)
     with ExitStack() as held:
         # 4. The transformer's weights and tables, for all pictures.
         velocity = None
@@ -191,7 +195,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             ready = prepared(
                 model.transformer, positive, plan.sigmas,
                 guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
-                guided=guided, limit=granted.limits.get("transformer"),
+                guided=guided, limit=granted.limits.get("transformer"), cached=cached,
             )  # fmt: skip
             with model.transformer.metered(hooks.meter, TRANSFORMER):
                 velocity = held.enter_context(ready)
@@ -202,6 +206,8 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             latents = None if start is None else start[index % len(start)][None]
             part_mask = None if mask is None else mask[index % len(mask)][None]
             result = torch.zeros_like(noise) if latents is None else latents
+            if cached is not None:
+                cached.begin()
             if velocity is not None:
                 with model.transformer.metered(hooks.meter, TRANSFORMER):
                     result = walk(
@@ -212,7 +218,10 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
                 held.close()  # the last decoding has the memory for itself
             with _stage(hooks, "decoding"):
                 pixels = in_strips_if_need(decoder, functools.partial(decode, latents=result))[0]
-            yield Picture(pixels, seed, _settings(model, request, plan, seed))
+            skipped = None if cached is None or velocity is None else cached.skipped
+            if skipped is not None and hooks.tell is not None:
+                hooks.tell(skipped.sentence())
+            yield Picture(pixels, seed, _settings(model, request, plan, seed, skipped))
 
 
 @dataclass(frozen=True)
@@ -243,6 +252,9 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
         warn("steps and denoise have no effect beside explicit sigmas")
     sigmas = plan_sigmas(spec, request, (width // GRID) * (height // GRID))
     _check_ends(request, sigmas, warn)
+    if request.step_cache is not None and sigmas:
+        check_few(spec)
+        check_steps(len(sigmas) - 1)
     return _Plan(
         width=width,
         height=height,
@@ -266,6 +278,7 @@ def _job(request: Request, plan: _Plan) -> Job:
         references=tuple((width, height) for height, width in sizes),
         styles=sum(given.tokens.shape[1] for given in request.inputs if isinstance(given, StyleTokens)),
         starts=request.image is not None or bool(request.inputs),
+        cached=request.step_cache is not None,
     )
 
 
@@ -467,7 +480,7 @@ def _latent_mask(mask: Tensor, cells: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(mask.float(), cells, mode="bilinear", antialias=True)
 
 
-def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dict[str, object]:
+def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int, skipped: Skipped | None) -> dict[str, object]:
     """Everything that made a picture, as plain values."""
     spec = model.transformer.spec
     return {
@@ -493,4 +506,5 @@ def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dic
             else {}
         ),
         **({"norms_by_strength": True} if request.norms_by_strength else {}),
+        **({"step_cache": skipped.described()} if skipped is not None else {}),
     }

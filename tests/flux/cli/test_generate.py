@@ -324,3 +324,35 @@ def test_a_report_says_what_stages_took(flux, tmp_path):
     assert any(line.startswith("transformer") and "2 x " in line for line in done.err)
     [record] = tmp_path.glob("*.json")
     assert len(json.loads(record.read_text())["memory"]["stages"]["transformer"]["taken"]["pass_seconds"]) == 2
+
+
+def test_what_a_step_cache_skipped_is_told_and_written_down(draw, tmp_path):
+    out = tmp_path / "a.png"
+    words = ("--record", "--step-cache", 1, "--step-cache-skips", 2, "--step-cache-warmup", 3)
+    said = draw(*words, steps=12, out=out)
+    assert said.code == 0
+    [told] = [line for line in said.err if "step cache" in line]
+    assert "note: step cache: blocks were skipped in " in told
+    settings = read_settings(out)["step_cache"]
+    assert {name: settings[name] for name in ("threshold", "max_skips", "warmup")} == {
+        "threshold": 1.0, "max_skips": 2, "warmup": 3
+    }  # fmt: skip
+    assert f"in {len(settings['skipped'])} of 12 steps ({', '.join(map(str, settings['skipped']))})" in told
+    [written] = json.loads(out.with_suffix(".json").read_text())["pictures"]
+    assert written["settings"]["step_cache"] == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "message"),
+    [
+        (("--step-cache", 0.1), 8, "with 8 steps every one changes much"),
+        (("--step-cache", -1), 12, "the step cache's threshold is -1.0; give a number from 0 to 1"),
+        (("--step-cache", 0.1, "--step-cache-skips", 0), 12, "max_skips is 0"),
+        (("--step-cache-warmup", 3), 12, "give --step-cache 0.1"),
+    ],
+)
+def test_a_step_cache_that_cannot_be_is_refused(draw, tmp_path, words, steps, message):
+    said = draw(*words, steps=steps, out=tmp_path / "a.png")
+    assert said.code != 0
+    assert message in " ".join(said.err)
+    assert not (tmp_path / "a.png").exists()

@@ -55,6 +55,11 @@ def test_size_batch_steps_and_references_are_those_asked_for(flux):
     assert "encode" in stages
 
 
+def test_a_step_cache_is_planned_for(flux):
+    plain, cached = (planned(flux, "flux1-dev", *GPU, *more)["peak_bytes"] for more in ((), ("--step-cache",)))
+    assert cached > plain
+
+
 def test_files_are_planned_by_their_headers(flux, tmp_path):
     path = write_header_only(tmp_path / "dev.safetensors", parameter_shapes(FLUX1["flux1-dev"]), "F8_E4M3")
     found = planned(flux, path, *GPU)["stages"]

@@ -201,6 +201,31 @@ def test_a_pass_that_was_broken_off_is_begun_again(broken_off, from_):
     streamer.close()
 
 
+def test_what_is_on_its_way_stays_where_a_pass_leaves_out_all_but_its_first_block(blocks, streamer):
+    blocks.run(streamer)
+    for _ in range(3):
+        assert blocks.run(streamer, [0]) == [0]
+        streamer.after(0)
+    assert blocks.run(streamer) == [0, 1, 2, 3, 4]
+    for _ in range(1000):
+        if len(blocks.reads) >= 2 * COUNT:
+            break
+        threading.Event().wait(0.001)
+    assert blocks.reads.count(1) <= 3  # once for each pass in full, and once ahead
+
+
+def test_where_the_first_block_stays_leaving_out_the_others_brings_nothing():
+    blocks = Blocks((1, 3))
+    streamer = Streamer(blocks.units, blocks.lane)
+    blocks.run(streamer)
+    for _ in range(5):
+        blocks.run(streamer, [0])
+    assert blocks.run(streamer) == [1, 3]
+    streamer.close()
+    assert blocks.reads.count(1) <= 3
+    assert blocks.reads.count(3) <= 3
+
+
 def test_what_cannot_be_read_is_told_to_the_one_that_waits(blocks):
     blocks.weights[2].gone = True
     streamer = Streamer(blocks.units, blocks.lane)

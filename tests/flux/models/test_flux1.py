@@ -299,3 +299,45 @@ def test_timestep_embedding_has_the_published_frequencies():
 def test_timestep_embedding_is_computed_in_fp32_for_bf16_times():
     times = torch.tensor([0.37], dtype=torch.bfloat16)
     assert torch.equal(timestep_embedding(times, 256), timestep_embedding(times.float(), 256))
+
+
+class Shortcut:
+    """Gives ``answer`` behind the first block, and notes what it is shown."""
+
+    def __init__(self, answer=None):
+        self.answer, self.shown, self.last = answer, None, None
+
+    def recall(self, before, after):
+        self.shown = before.clone(), after.clone()
+        return self.answer
+
+    def remember(self, last):
+        self.last = last.clone()
+
+
+def run_with(model, shortcut, observe=None):
+    image, conditions, *moment = inputs(TINY, batch=2)
+    return model(image, conditions, model.modulate(model.embed(*moment)), observe, shortcut)
+
+
+def test_a_shortcut_that_knows_nothing_changes_no_bit_and_sees_both_ends():
+    model, shortcut = build(TINY), Shortcut()
+    image, conditions, *moment = inputs(TINY, batch=2)
+    modulations = model.modulate(model.embed(*moment))
+    plain = model(image, conditions, modulations)
+    assert torch.equal(run_with(model, shortcut), plain)
+    before, after = shortcut.shown
+    assert torch.equal(before, model.img_in(image))
+    assert after.shape == before.shape
+    assert not torch.equal(after, before)
+    assert torch.equal(model.final_layer(shortcut.last, modulations.final), plain)
+
+
+def test_what_a_shortcut_knows_stands_in_for_all_blocks_but_the_first():
+    model, ran = build(TINY), []
+    shortcut = Shortcut(answer=rows(2, 16, TINY.hidden, seed=4))
+    _, _, *moment = inputs(TINY, batch=2)
+    expected = model.final_layer(shortcut.answer, model.modulate(model.embed(*moment)).final)
+    assert torch.equal(run_with(model, shortcut, ran.append), expected)
+    assert ran == [0]
+    assert shortcut.last is None

@@ -101,6 +101,14 @@ def test_more_pictures_and_pixels_take_more(parts):
     assert 3 * one < large < four  # of the same pixels, with the text's tokens once
 
 
+@pytest.mark.parametrize(("prompts", "tensors"), [(1, 4), (2, 8)])
+def test_a_step_cache_keeps_what_the_last_step_did_until_the_next_has_succeeded(parts, prompts, tensors):
+    """Two tensors of the picture's tokens for each prompt, of the last step and of the one that runs."""
+    job = replace(SQUARE, prompts=prompts)
+    plain, cached = (plan(parts, job=own).stage("transformer").activations for own in (job, replace(job, cached=True)))
+    assert cached - plain == pytest.approx(tensors * 4096 * 3072 * 2, rel=0.01)
+
+
 def test_seconds_follow_the_slower_of_reading_and_computing(parts):
     rates = Rates(bytes=20e9, operations=500e12)
     kept, streamed = plan(parts).stage("transformer"), plan(parts, "save").stage("transformer")
