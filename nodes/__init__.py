@@ -9,6 +9,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    caching,
     combining,
     control,
     control_loading,
@@ -28,8 +29,8 @@ from . import (
 __all__ = ["NODES", "FluxFoundryExtension"]
 
 FAMILIES = (
-    loading, text, latents, sampling, editing, filling, control, control_loading, redux, references, combining, files,
-    saving, memory,
+    loading, text, latents, sampling, editing, filling, control, control_loading, redux, references, combining, caching,
+    files, saving, memory,
 )  # fmt: skip
 NODES: list[type[io.ComfyNode]] = [node for family in FAMILIES for node in family.NODES]
 

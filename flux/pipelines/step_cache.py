@@ -28,7 +28,7 @@ from ..ops.dtypes import clamp_to_range
 from ..sampling.schedules import fraction_done
 from ..specs.flux1 import Flux1Spec
 
-__all__ = ["FEW_STEPS", "CachedSteps", "Evaluation", "Skipped", "StepCache", "check_few", "check_steps"]
+__all__ = ["FEW_STEPS", "MOST", "CachedSteps", "Evaluation", "Skipped", "StepCache", "check_few", "check_steps"]
 
 FEW_STEPS = 8  # up to here a run changes too much at every step; of models that are made for so few, nothing is skipped
 MOST = 1000  # steps

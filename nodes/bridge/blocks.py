@@ -16,7 +16,7 @@ from comfy.ldm.flux.math import attention as host_attention
 from torch import Tensor
 
 from ...flux.errors import MismatchError
-from ...flux.models.flux1 import Attend, Conditions, Flux1, Modulations, rotary_attention
+from ...flux.models.flux1 import Attend, Conditions, Flux1, Modulations, Shortcut, rotary_attention
 from ...flux.models.positions import rope
 from ...flux.ops.dtypes import clamp_to_range
 from .progress import check_cancelled
@@ -55,6 +55,7 @@ def run_patched(
     vector: Tensor,
     control: Options | None,
     options: Options,
+    shortcut: Shortcut | None = None,
 ) -> Tensor:
     """``Flux1.forward`` with patches.
 
@@ -66,17 +67,26 @@ def run_patched(
         vector: What the modulations were made from; only shown to patches.
         control: A ControlNet's residuals, ``input`` for double and ``output`` for single blocks.
         options: The host's transformer options; what patches read of the current block is set in them.
+        shortcut: See ``Flux1.forward``. What was done to blocks that it stands in for is done as it was the last time.
     """
     img, txt, ids = _after_input(model, tokens, conditions, options)
     length = txt.shape[1]
     options["img_slice"] = [length, length + img.shape[1]]
     run = _Run(model, modulations, vector, ids, _for_host(conditions.bias, img), control or {}, options)
-    for index in range(len(model.double_blocks)):
-        img, txt = run.double(index, img, txt)
-    x = torch.cat((txt, img), dim=1)
-    for index in range(len(model.single_blocks)):
-        x = run.single(index, x, length)
-    out: Tensor = model.final_layer(x[:, length : length + tokens.shape[1]], modulations.final)
+    before = img
+    img, txt = run.double(0, img, txt)
+    last = None if shortcut is None else shortcut.recall(before, img)
+    if last is None:
+        del before
+        for index in range(1, len(model.double_blocks)):
+            img, txt = run.double(index, img, txt)
+        x = torch.cat((txt, img), dim=1)
+        for index in range(len(model.single_blocks)):
+            x = run.single(index, x, length)
+        last = x[:, length:]
+        if shortcut is not None:
+            shortcut.remember(last)
+    out: Tensor = model.final_layer(last[:, : tokens.shape[1]], modulations.final)
     return out
 
 

@@ -19,15 +19,16 @@ from .entries import END, START, STRENGTH, Conditioning
 from .pictures import lacks_guide
 from .progress import say
 
-__all__ = ["EXPERT", "TABLE", "Expert", "combine", "expert_of", "our_spec", "receiver"]
+__all__ = ["EXPERT", "STEP_CACHE", "TABLE", "Expert", "combine", "expert_of", "our_spec", "receiver"]
 
 EXPERT = "fluxfoundry_expert"  # our key in a CONDITIONING, and of the denoiser's inputs
 TABLE = "fluxfoundry_modulations"  # our key in the host's transformer_options
+STEP_CACHE = "fluxfoundry_step_cache"  # likewise, and of the wrapper that puts it there
 MODELS = "fluxfoundry"  # of the host's additional models
 LOCAL = ("mask", "area")  # the host's keys of an entry that acts in a part of the picture
 FAINT = 1e-6  # of an entry's weight: so little that it counts only where there is no other
 # What the sampler tells a denoiser of the run, whichever model it is.
-OF_THE_RUN = ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas", TABLE)
+OF_THE_RUN = ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas", TABLE, STEP_CACHE)
 # Of a MODEL that is loaded once more: all that other nodes did to it.
 COPIED = ("patches", "patches_uuid", "object_patches", "model_options", "attachments", "wrappers", "callbacks")
 
@@ -129,6 +130,8 @@ def combine(
     if not 0 <= balance <= 1:
         raise UserError(f"the balance is {balance:g}; give the second model's share, from 0 to 1")
     check_pair(first, second)
+    if _skips_steps(second) and not _skips_steps(first):
+        say("FLUX Step Cache has no effect on model_2 of FLUX Combine: put it on model_1, or behind, for both")
     model, moved = join(first, second)
     tag = None if _predict_alike(first, second) else moved.get(_key(second), Expert(second))
     tagged: Conditioning = []
@@ -231,6 +234,11 @@ def own_copy(patcher: Any) -> Any:
     for name in COPIED:
         setattr(fresh, name, getattr(source, name))
     return fresh
+
+
+def _skips_steps(patcher: Any) -> bool:
+    """Whether FLUX Step Cache was put on a MODEL, which acts where it is sampled."""
+    return STEP_CACHE in patcher.wrappers.get(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, {})
 
 
 def _same_weights(first: Any, second: Any) -> bool:

@@ -27,6 +27,7 @@ from .norms import use_host_norms
 from .packed import lend
 from .progress import check_cancelled
 from .references import VIEWS, joint_bias, positions, reference_tokens
+from .step_cache import evaluation_of, settle
 from .weights import HostLayers
 
 __all__ = ["HostFlux1", "ModulationTable", "host_config", "sample_with_table"]
@@ -158,11 +159,13 @@ class HostFlux1(Flux1):
         )
         pooled = x.new_zeros(len(x), self.spec.pooled_width) if y is None else y
         modulations = self._modulations(timestep, pooled, guidance, options.get(TABLE))
+        evaluation = evaluation_of(self, options, timestep, own)
         if is_patched(options, control):
             vector = self.embed(timestep, pooled, guidance)
-            velocity = run_patched(self, tokens, conditions, modulations, vector, control, options)
+            velocity = run_patched(self, tokens, conditions, modulations, vector, control, options, evaluation)
         else:
-            velocity = super().forward(tokens, conditions, modulations, check_cancelled)
+            velocity = super().forward(tokens, conditions, modulations, check_cancelled, evaluation)
+        settle(options, evaluation)
         return unpack(velocity[:, :own], *size)
 
     def _modulations(

@@ -11,6 +11,8 @@ import sys
 
 import aiohttp
 
+SHOWN = 3  # the kind of binary message that carries a text for a node: its id's length, its id, the text
+
 
 async def listen(url: str, client_id: str) -> None:
     address = f"{url}/ws?clientId={client_id}"
@@ -20,6 +22,9 @@ async def listen(url: str, client_id: str) -> None:
                 line = json.loads(message.data)
             else:
                 line = {"type": "binary", "kind": int.from_bytes(message.data[:4], "big"), "bytes": len(message.data)}
+                if line["kind"] == SHOWN:
+                    end = 8 + int.from_bytes(message.data[4:8], "big")
+                    line |= {"node": message.data[8:end].decode(), "text": message.data[end:].decode()}
             print(json.dumps(line), flush=True)
 
 

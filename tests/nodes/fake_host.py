@@ -134,6 +134,7 @@ def internals() -> dict[str, ModuleType]:
         parent, _, own = name.rpartition(".")
         if parent:
             setattr(made[parent], own, module)
+    made["comfy.patcher_extension"].WrappersMP = SimpleNamespace(SAMPLER_SAMPLE="sampler_sample")
     made["comfy_execution.utils"].get_executing_context = lambda: None
     made["server"].PromptServer = SimpleNamespace(instance=None)
     management = made["comfy.model_management"]

@@ -164,7 +164,7 @@ class Model:
     """As much of a MODEL as is asked before it is sampled."""
 
     def __init__(self, name: str) -> None:
-        self.model, self.name, self.patches_uuid = self, name, name
+        self.model, self.name, self.patches_uuid, self.wrappers = self, name, name, {}
 
 
 @pytest.fixture

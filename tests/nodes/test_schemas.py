@@ -77,6 +77,7 @@ CONTRACT = {
     "FluxFoundryCombine": (
         ["model_1", "conditioning_1", "model_2", "conditioning_2", "balance"], ["Model", "Conditioning"],
     ),
+    "FluxFoundryStepCache": (["model", "threshold", "max_skips", "warmup"], ["Model"]),
     "FluxFoundryMemoryPlan": (
         [
             "model", "width", "height", "batch_size", "steps", "memory", "budget", "clip", "vae", "clip_vision",
