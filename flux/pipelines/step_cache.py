@@ -30,7 +30,7 @@ from ..specs.flux1 import Flux1Spec
 
 __all__ = ["FEW_STEPS", "MOST", "CachedSteps", "Evaluation", "Skipped", "StepCache", "check_few", "check_steps"]
 
-FEW_STEPS = 8  # up to here a run changes too much at every step; of models that are made for so few, nothing is skipped
+FEW_STEPS = 8  # in so many a run changes much at every one, as does every run of a model that is made for so few
 MOST = 1000  # steps
 ROUNDING = 1e-6  # of a moment: schedules are computed in floats, by hosts in fp32, and a step is far longer
 PERCENT = 100
@@ -54,10 +54,10 @@ class StepCache:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.threshold) and 0 <= self.threshold <= 1):
             raise UserError(f"the step cache's threshold is {self.threshold}; give a number from 0 to 1, 0.1 is usual")
-        for name, least in (("max_skips", 1), ("warmup", 1)):
+        for name in ("max_skips", "warmup"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-                raise UserError(f"the step cache's {name} is {value!r}; give a whole number from {least} to {MOST}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+                raise UserError(f"the step cache's {name} is {value!r}; give a whole number from 1 to {MOST}")
 
 
 def check_few(spec: Flux1Spec) -> None:

@@ -149,3 +149,16 @@ def test_few_steps_few_step_models_and_models_of_other_loaders_are_refused(host:
     core = node("UNETLoader", unet_name="flux1-mini.safetensors", weight_dtype="default")
     message = failure(host, {**start(), "core": core, **cached, "cached": cache("core")})
     assert "the MODEL was not loaded by FLUX Foundry" in message
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_streamed_blocks_skip_the_same_and_give_the_same_bits(host: Host, sampler: object) -> None:
+    model = {"model": "embedded: flux1-mini", "dtype": "auto"}
+    more = {
+        "kept": node("FluxFoundryLoadModel", **model, memory="keep"),
+        "saved": node("FluxFoundryLoadModel", **model, memory="save"),
+        "kept cached": cache("kept"),
+        "saved cached": cache("saved"),
+    }
+    report = compared(host, sampler("kept cached", seed=211), sampler("saved cached", seed=211), **more)
+    assert report["equal"]
