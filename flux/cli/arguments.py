@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 __all__ = [
+    "ATTENTIONS",
     "DEVICES",
     "DTYPES",
     "NOISES",
@@ -29,6 +30,7 @@ SOLVERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_snr")
 SCHEDULERS = ("flux", "simple", "beta", "linear")
 NOISES = ("comfyui", "bfl", "diffusers")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+ATTENTIONS = ("auto", "fast", "sdpa", "cudnn", "flash", "efficient", "math", "flash-attn", "sage")
 FORMATS = (
     "fp32", "bf16", "fp16", "fp8", "fp8-row", "mxfp8", "nvfp4", "int8", "int8-row", "nf4",
     "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q8_0", "gguf:Q6_K", "gguf:Q5_K", "gguf:Q4_K", "gguf:Q3_K", "gguf:Q2_K",
@@ -220,6 +222,11 @@ def _add_model(group: Group, models: str) -> None:
         "--dtype", default="auto", help=f"{', '.join(DTYPES)}: numbers that weights become (default: auto)"
     )
     group.add_argument("--policy", default="auto", metavar="POLICY", help=f"memory: {POLICIES} (default: auto)")
+    group.add_argument(
+        "--attention", default="auto", metavar="NAME",
+        help=f"what computes the transformer's attention: {', '.join(ATTENTIONS)} (default: auto, the fastest that "
+        "rounds no more than needed; fast also takes sage, which rounds to 8 bits)",
+    )  # fmt: skip
 
 
 def _add_output(group: Group) -> None:

@@ -167,6 +167,7 @@ def request_of(arguments: argparse.Namespace, seed: int, **fields: Any) -> Reque
         solver=arguments.solver,
         noise=arguments.noise,
         memory=read_policy(arguments.policy),
+        attention=arguments.attention,
         **fields,
     )
 

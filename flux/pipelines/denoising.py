@@ -17,6 +17,7 @@ from ..adapters.guides import Channels, StyleTokens
 from ..errors import NumericError
 from ..memory.exhaustion import Fallback
 from ..models.flux1 import Flux1
+from ..ops.attention_backends import AUTO, Attention, Case, choose_attention, until_finite
 from ..sampling.guidance import masked, true_cfg
 from ..sampling.schedules import fraction_done
 from ..sampling.solvers import OnStep, evaluation_sigmas, solver
@@ -26,7 +27,9 @@ from .hooks import Hooks
 from .parts import Part
 from .prompts import EncodedPrompt
 
-__all__ = ["TRANSFORMER", "Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "denoise", "prepared", "walk"]
+__all__ = [
+    "TRANSFORMER", "Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "attention_of", "denoise", "prepared", "walk",
+]  # fmt: skip
 
 Velocity = Callable[[Tensor, float], Tensor]
 TRANSFORMER = "transformer"  # the stage's key
@@ -49,6 +52,7 @@ def denoise(
     hooks: Hooks | None = None,
     guided: Guidance | None = None,
     limit: int | None = None,
+    attention: str = AUTO,
 ) -> Tensor:
     """Run a schedule: ``prepared`` for one ``walk``. See there for what the arguments are.
 
@@ -64,7 +68,7 @@ def denoise(
     ready = prepared(
         part, positive, sigmas,
         guidance=guidance, negative=negative, cfg=cfg, solver_name=solver_name, tables=tables, hooks=hooks,
-        guided=guided, limit=limit,
+        guided=guided, limit=limit, attention=attention,
     )  # fmt: skip
     with part.metered(hooks.meter, TRANSFORMER), ready as velocity:
         return walk(
@@ -87,6 +91,7 @@ def prepared(
     hooks: Hooks | None = None,
     guided: Guidance | None = None,
     limit: int | None = None,
+    attention: str = AUTO,
 ) -> Iterator[Velocity]:
     """Have a transformer ready for a schedule inside the block, for as many walks as wanted.
 
@@ -102,14 +107,18 @@ def prepared(
         hooks: Told of the stage "loading", weight by weight; asked whether to stop.
         guided: What guides the run beside its prompts. Style tokens are the positive prompt's only.
         limit: Bytes that the weights may take, of all transformers together; what goes beyond is streamed.
+        attention: One of ``ops.attention_backends.CHOICES``.
 
     Yields:
         The velocity of latents (B, C, h, w) at a time of the schedule.
+
+    Raises:
+        UserError: There is no such attention, or it cannot run here.
     """
     hooks, guided = hooks or Hooks(), guided or Guidance()
     predictions = predictions_of(guided.guides)
     with ExitStack() as held:
-        engines = _engines(held, part, guided, predictions, hooks, tables=tables, limit=limit)
+        engines = _engines(held, part, guided, predictions, hooks, attention, tables=tables, limit=limit)
         flows = []
         for prediction in predictions:
             engine = engines[prediction.model]
@@ -129,9 +138,10 @@ def prepared(
         going_on = Fallback(
             [own.residency for own in distinct], [_apart(own, tables=tables) for own in distinct], hooks.warn
         )
+        kernels = dict.fromkeys(engine.kernel for engine in engines.values())
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            return going_on(lambda: predicted(x, sigma))
+            return going_on(lambda: until_finite(kernels, lambda: predicted(x, sigma)))
 
         def predicted(x: Tensor, sigma: float) -> Tensor:
             done = fraction_done(sigma, sigmas)
@@ -153,6 +163,7 @@ def _engines(
     guided: Guidance,
     predictions: Sequence[Prediction],
     hooks: Hooks,
+    attention: str,
     *,
     tables: bool,
     limit: int | None,
@@ -166,16 +177,24 @@ def _engines(
     loras = [guide.lora for guide in followed if guide.lora is not None]
     models = {name: part if name is None else guided.models[name] for name in (p.model for p in predictions)}
     distinct = dict.fromkeys(models.values())
+    kernels = {model: attention_of(model, attention, hooks.warn) for model in distinct}
     for model in distinct:
         apart = _apart(model, tables=tables)
         share = None if limit is None else limit // len(distinct)
         held.enter_context(model.resident(without=apart, watch=hooks.loading, limit=share, tell=hooks.warn))
-        engines[model] = Engine(model)
+        engines[model] = Engine(model, kernel=kernels[model])
     if loras and part in engines:
         putting_on = attached(part.module, loras, part.device, part.dtype, norms_by_strength=guided.norms_by_strength)
         attachment = held.enter_context(putting_on)
-        engines[part] = Engine(part, followed, attachment)
+        engines[part] = Engine(part, followed, attachment, kernels[part])
     return {name: engines[model] for name, model in models.items()}
+
+
+def attention_of(
+    part: Part[Flux1Spec, Flux1], name: str = AUTO, tell: Callable[[str], None] | None = None
+) -> Attention:
+    """What computes a transformer's attention where it runs; see ``choose_attention``."""
+    return choose_attention(name, Case(part.device, part.dtype, part.spec.hidden // part.spec.heads), tell)
 
 
 def _apart(part: Part[Flux1Spec, Flux1], *, tables: bool) -> tuple[str, ...]:

@@ -20,13 +20,14 @@ from ..memory.policy import Policy
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..models.positions import LAYOUTS
+from ..ops.attention_backends import AUTO, PLAIN
 from ..preprocess.control import check_finite
 from ..sampling.noise import NOISE_STYLES, draw_noise, image_seeds
 from ..sampling.schedules import MAX_MU, check_sigmas, flux1_mu, flux1_tokens, make_schedule, shorten
 from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
-from .denoising import TRANSFORMER, Hooks, prepared, walk
+from .denoising import TRANSFORMER, Hooks, attention_of, prepared, walk
 from .given import check_unit
 from .guided import (
     AnyInput,
@@ -107,6 +108,7 @@ class Request:
         norms_by_strength: Whether norms of control LoRAs come in as far as their strength goes, and not whole (as Black
             Forest Labs' code has it).
         memory: How much the run may take; see ``memory.policy``. Pictures are the same under any.
+        attention: What computes the transformer's attention: one of ``ops.attention_backends.CHOICES``.
     """
 
     prompt: str
@@ -131,6 +133,7 @@ class Request:
     layout: str = "offset"
     norms_by_strength: bool = False
     memory: Policy = Policy()
+    attention: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             ready = prepared(
                 model.transformer, positive, plan.sigmas,
                 guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
-                guided=guided, limit=granted.limits.get("transformer"),
+                guided=guided, limit=granted.limits.get("transformer"), attention=request.attention,
             )  # fmt: skip
             with model.transformer.metered(hooks.meter, TRANSFORMER):
                 velocity = held.enter_context(ready)
@@ -225,6 +228,7 @@ class _Plan:
     guidance: float | None
     cfg: float
     seeds: list[int]
+    attention: str
 
 
 def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
@@ -250,6 +254,7 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
         guidance=guidance,
         cfg=cfg,
         seeds=image_seeds(request.seed, request.count),
+        attention=attention_of(model.transformer, request.attention).backend.name,
     )
 
 
@@ -506,4 +511,5 @@ def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dic
             else {}
         ),
         **({"norms_by_strength": True} if request.norms_by_strength else {}),
+        **({"attention": plan.attention} if plan.attention != PLAIN.name else {}),
     }
