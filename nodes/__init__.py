@@ -10,6 +10,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     combining,
+    compiling,
     control,
     control_loading,
     editing,
@@ -28,8 +29,8 @@ from . import (
 __all__ = ["NODES", "FluxFoundryExtension"]
 
 FAMILIES = (
-    loading, text, latents, sampling, editing, filling, control, control_loading, redux, references, combining, files,
-    saving, memory,
+    loading, text, latents, sampling, editing, filling, control, control_loading, redux, references, combining,
+    compiling, files, saving, memory,
 )  # fmt: skip
 NODES: list[type[io.ComfyNode]] = [node for family in FAMILIES for node in family.NODES]
 

@@ -168,6 +168,7 @@ def request_of(arguments: argparse.Namespace, seed: int, **fields: Any) -> Reque
         noise=arguments.noise,
         memory=read_policy(arguments.policy),
         attention=arguments.attention,
+        compiled=arguments.compile,
         **fields,
     )
 

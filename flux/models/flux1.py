@@ -335,7 +335,8 @@ class SingleBlock(nn.Module):
         fused = self.linear1(modulated_norm(x, shift, scale))
         q, k, v = split_heads(fused[..., : 3 * self.hidden], self.norm, self.heads)
         mixed = attend(q, k, v, rotation)
-        joined = self._join(mixed, fused) if torch.is_grad_enabled() else self._join_in_place(mixed, fused)
+        copies = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        joined = self._join(mixed, fused) if copies else self._join_in_place(mixed, fused)
         return torch.addcmul(x, gate, self.linear2(joined))
 
     def _join(self, mixed: Tensor, fused: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, h and w in latent cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -53,6 +53,7 @@ def denoise(
     guided: Guidance | None = None,
     limit: int | None = None,
     attention: str = AUTO,
+    compiled: bool = False,
 ) -> Tensor:
     """Run a schedule: ``prepared`` for one ``walk``. See there for what the arguments are.
 
@@ -68,7 +69,7 @@ def denoise(
     ready = prepared(
         part, positive, sigmas,
         guidance=guidance, negative=negative, cfg=cfg, solver_name=solver_name, tables=tables, hooks=hooks,
-        guided=guided, limit=limit, attention=attention,
+        guided=guided, limit=limit, attention=attention, compiled=compiled,
     )  # fmt: skip
     with part.metered(hooks.meter, TRANSFORMER), ready as velocity:
         return walk(
@@ -92,6 +93,7 @@ def prepared(
     guided: Guidance | None = None,
     limit: int | None = None,
     attention: str = AUTO,
+    compiled: bool = False,
 ) -> Iterator[Velocity]:
     """Have a transformer ready for a schedule inside the block, for as many walks as wanted.
 
@@ -108,6 +110,7 @@ def prepared(
         guided: What guides the run beside its prompts. Style tokens are the positive prompt's only.
         limit: Bytes that the weights may take, of all transformers together; what goes beyond is streamed.
         attention: One of ``ops.attention_backends.CHOICES``.
+        compiled: Whether blocks run compiled, as far as the machine can compile; see ``compiled``.
 
     Yields:
         The velocity of latents (B, C, h, w) at a time of the schedule.
@@ -119,6 +122,8 @@ def prepared(
     predictions = predictions_of(guided.guides)
     with ExitStack() as held:
         engines = _engines(held, part, guided, predictions, hooks, attention, tables=tables, limit=limit)
+        if compiled:
+            _compile(held, engines.values(), hooks)
         flows = []
         for prediction in predictions:
             engine = engines[prediction.model]
@@ -195,6 +200,14 @@ def attention_of(
 ) -> Attention:
     """What computes a transformer's attention where it runs; see ``choose_attention``."""
     return choose_attention(name, Case(part.device, part.dtype, part.spec.hidden // part.spec.heads), tell)
+
+
+def _compile(held: ExitStack, engines: Iterable[Engine], hooks: Hooks) -> None:
+    """Have the blocks of every transformer run compiled as long as ``held`` is open."""
+    from .compiled import compiled_blocks  # which brings the compiler
+
+    for part in dict.fromkeys(engine.part for engine in engines):
+        held.enter_context(compiled_blocks(part.module, tell=hooks.warn))
 
 
 def _apart(part: Part[Flux1Spec, Flux1], *, tables: bool) -> tuple[str, ...]:

@@ -109,6 +109,7 @@ class Request:
             Forest Labs' code has it).
         memory: How much the run may take; see ``memory.policy``. Pictures are the same under any.
         attention: What computes the transformer's attention: one of ``ops.attention_backends.CHOICES``.
+        compiled: Whether its blocks run compiled, which pays where many pictures are drawn; see ``compiled``.
     """
 
     prompt: str
@@ -134,6 +135,7 @@ class Request:
     norms_by_strength: bool = False
     memory: Policy = Policy()
     attention: str = AUTO
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
                 model.transformer, positive, plan.sigmas,
                 guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
                 guided=guided, limit=granted.limits.get("transformer"), attention=request.attention,
+                compiled=request.compiled,
             )  # fmt: skip
             with model.transformer.metered(hooks.meter, TRANSFORMER):
                 velocity = held.enter_context(ready)
@@ -512,4 +515,5 @@ def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int) -> dic
         ),
         **({"norms_by_strength": True} if request.norms_by_strength else {}),
         **({"attention": plan.attention} if plan.attention != PLAIN.name else {}),
+        **({"compiled": True} if request.compiled else {}),
     }

@@ -183,6 +183,23 @@ def test_attention_is_chosen_told_and_recorded(draw, tmp_path):
     assert abs(difference).max() <= 1
 
 
+def test_a_run_is_compiled_if_that_is_asked(draw, tmp_path, monkeypatch):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("flux.pipelines.compiled.INDUCTOR", count)
+    for name, words in (("a", ["--compile"]), ("b", [])):
+        assert draw("--out", tmp_path / f"{name}.png", *words).code == 0
+        assert len(graphs) == 2
+    assert read_settings(tmp_path / "a.png")["compiled"] is True
+    assert "compiled" not in read_settings(tmp_path / "b.png")
+    difference = np.asarray(Image.open(tmp_path / "a.png"), int) - np.asarray(Image.open(tmp_path / "b.png"), int)
+    assert abs(difference).max() <= 1
+
+
 def test_the_record_names_the_picture_and_mask_that_a_run_began_with(draw, tmp_path):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "start.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "all.png")
