@@ -20,6 +20,7 @@ TITLES = {
     "transformer": "Beside diffusers",
     "streaming": "What streaming costs",
     "planned": "Plans beside what runs take",
+    "compiled": "What compiling brings",
     "real_size": "A FLUX.1 of real size on the CPU",
 }
 BETWEEN = re.compile(r"(<!-- tables:begin.*?-->\n).*?(<!-- tables:end -->)", re.DOTALL)

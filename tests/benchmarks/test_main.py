@@ -7,7 +7,7 @@ import pytest
 from benchmarks import __main__ as benchmarks
 from benchmarks.readme import TITLES
 
-SLOW = ("fidelity", "decoding", "prompts", "guided", "transformer", "streaming", "planned")
+SLOW = ("fidelity", "decoding", "prompts", "guided", "transformer", "streaming", "planned", "compiled")
 
 
 @pytest.fixture(autouse=True)
