@@ -69,9 +69,10 @@ def test_patches_of_other_nodes_do_the_same_to_compiled_blocks(host: Host, what:
     assert compared(host, our_sampler("compiled", steps=3), our_sampler("other", steps=3), **more)["close"]
 
 
-def test_packed_weights_are_compiled_too(host: Host) -> None:
+@pytest.mark.parametrize("memory", ["auto", "save"])
+def test_packed_and_streamed_weights_are_compiled_too(host: Host, memory: str) -> None:
     more = {
-        "packed": node("FluxFoundryLoadModel", model="embedded: flux1-mini-redux", dtype="auto"),
+        "packed": node("FluxFoundryLoadModel", model="embedded: flux1-mini-redux", dtype="auto", memory=memory),
         "compiled": node("FluxFoundryCompile", model=["packed", 0], dynamic=True),
     }
     assert compared(host, our_sampler("compiled", steps=3), our_sampler("packed", steps=3), **more)["close"]
