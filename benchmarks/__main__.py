@@ -1,7 +1,8 @@
 """Every table that the project publishes: ``python -m benchmarks`` (or ``make bench``).
 
 ``--quick`` leaves the slow ones out: fidelity, decoding, what the embedded models draw of prompts and under guidance,
-the step beside diffusers, what streaming costs, how near plans come to what runs take, and what a step cache saves.
+the step beside diffusers, what streaming costs, how near plans come to what runs take, what a step cache saves, what
+compiling brings.
 ``--fidelity`` prints what each storage format costs, and nothing else.
 """
 
@@ -24,7 +25,19 @@ from flux.version import VERSION
 from flux.weights.readers.gguf import GgufFile
 from flux.weights.readers.safetensors import SafetensorsFile
 
-from . import decoding, fidelity, guided, opening, planned, prompts, startup, step_cache, streaming, transformer
+from . import (
+    compiled,
+    decoding,
+    fidelity,
+    guided,
+    opening,
+    planned,
+    prompts,
+    startup,
+    step_cache,
+    streaming,
+    transformer,
+)
 from .machine import processor
 
 __all__ = ["main"]
@@ -57,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         parts["streaming"] = streaming.table
         parts["planned"] = planned.table
         parts["step_cache"] = step_cache.table
+        parts["compiled"] = compiled.table
     if options.fidelity:
         parts = {"fidelity": fidelity.table}
     for name, make in parts.items():

@@ -21,6 +21,7 @@ TITLES = {
     "streaming": "What streaming costs",
     "planned": "Plans beside what runs take",
     "step_cache": "What a step cache saves and costs",
+    "compiled": "What compiling brings",
     "real_size": "A FLUX.1 of real size on the CPU",
 }
 BETWEEN = re.compile(r"(<!-- tables:begin.*?-->\n).*?(<!-- tables:end -->)", re.DOTALL)

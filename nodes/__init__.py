@@ -11,6 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     caching,
     combining,
+    compiling,
     control,
     control_loading,
     editing,
@@ -30,7 +31,7 @@ __all__ = ["NODES", "FluxFoundryExtension"]
 
 FAMILIES = (
     loading, text, latents, sampling, editing, filling, control, control_loading, redux, references, combining, caching,
-    files, saving, memory,
+    compiling, files, saving, memory,
 )  # fmt: skip
 NODES: list[type[io.ComfyNode]] = [node for family in FAMILIES for node in family.NODES]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 __all__ = [
+    "ATTENTIONS",
     "DEVICES",
     "DTYPES",
     "NOISES",
@@ -30,6 +31,7 @@ SOLVERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_snr")
 SCHEDULERS = ("flux", "simple", "beta", "linear")
 NOISES = ("comfyui", "bfl", "diffusers")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+ATTENTIONS = ("auto", "fast", "sdpa", "cudnn", "flash", "efficient", "math", "flash-attn", "sage")
 FORMATS = (
     "fp32", "bf16", "fp16", "fp8", "fp8-row", "mxfp8", "nvfp4", "int8", "int8-row", "nf4",
     "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q8_0", "gguf:Q6_K", "gguf:Q5_K", "gguf:Q4_K", "gguf:Q3_K", "gguf:Q2_K",
@@ -238,6 +240,15 @@ def _add_model(group: Group, models: str) -> None:
         "--prompt-cache", type=Path, metavar="FOLDER",
         help="keep what the text encoders make of prompts in files there, and do not load them for what is kept "
         "(`prompts` lists and clears it)",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention", default="auto", metavar="NAME",
+        help=f"what computes the transformer's attention: {', '.join(ATTENTIONS)} (default: auto, the fastest that "
+        "rounds no more than needed; fast also takes sage, which rounds to 8 bits)",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true",
+        help="compile the transformer's blocks first, which takes a minute and makes every step faster",
     )  # fmt: skip
 
 

@@ -175,6 +175,8 @@ def request_of(arguments: argparse.Namespace, seed: int, **fields: Any) -> Reque
         noise=arguments.noise,
         memory=read_policy(arguments.policy),
         step_cache=step_cache_of(arguments),
+        attention=arguments.attention,
+        compiled=arguments.compile,
         **fields,
     )
 

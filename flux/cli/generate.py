@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingFileError, UserError
 from ..images import save_picture
-from .arguments import DEVICES, DTYPES, NOISES
+from .arguments import ATTENTIONS, DEVICES, DTYPES, NOISES
 from .console import Bar, note, say, say_beside
 from .files import model_files
 from .output import Output
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     # 2. The engine, which brings torch.
     from ..memory.metering import Meter, NoMeter
     from ..memory.report import RunReport
+    from ..pipelines.denoising import attention_of
     from ..pipelines.hooks import Hooks
     from ..pipelines.plan_text import report_lines
     from ..pipelines.text_to_image import plan_of
@@ -69,8 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
         tell(f"seed {seed} was drawn; --seed {seed} gives the same again")
     for remark in job.model.transformer.notes:
         tell(remark)
+    attention = attention_of(job.model.transformer, job.request.attention)
+    if not attention.is_plain:
+        tell(f"attention by {attention.report}")
     # 3. Pictures, each written as soon as it is there.
-    record = Record(files, job.model, {**given, **job.files}, notes)
+    record = Record(files, job.model, {**given, **job.files}, notes, attention.report)
     meter = Meter(job.model.transformer.device) if arguments.report else NoMeter()
     hooks = Hooks(warn=warn, tell=tell, meter=meter)
     plan = plan_of(job.model, job.request) if arguments.report else None
@@ -145,6 +149,8 @@ def _check_words(arguments: argparse.Namespace) -> None:
         raise UserError(f"there is no dtype {arguments.dtype!r}; choose one of: {', '.join(DTYPES)}")
     if arguments.noise not in NOISES:
         raise UserError(f"there is no noise style {arguments.noise!r}; choose one of: {', '.join(NOISES)}")
+    if arguments.attention not in ATTENTIONS:
+        raise UserError(f"there is no attention {arguments.attention!r}; choose one of: {', '.join(ATTENTIONS)}")
     if arguments.device != "auto" and arguments.device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"there is no device {arguments.device!r}; choose one of: {DEVICES}")
 

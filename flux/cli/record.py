@@ -53,15 +53,22 @@ class Record:
         model: Opened from them.
         given: What else the run read, by role: pictures, adapters.
         notes: What was done otherwise than asked; may grow until the record is written.
+        attention: What the transformer's attention began with, and why.
 
     Attributes:
         memory: What the stages took beside what was planned; None where that was not asked for.
     """
 
     def __init__(
-        self, files: ModelFiles, model: FluxModel, given: Mapping[str, Path], notes: Sequence[str] = ()
+        self,
+        files: ModelFiles,
+        model: FluxModel,
+        given: Mapping[str, Path],
+        notes: Sequence[str] = (),
+        attention: str = "",
     ) -> None:
         self.files, self.model, self.given, self.notes = files, model, dict(given), notes
+        self.attention = attention
         self.pictures: list[tuple[Path, Picture]] = []
         self.memory: RunReport | None = None
 
@@ -91,6 +98,7 @@ class Record:
             "versions": _versions(),
             "device": _device_facts(self.model.transformer.device),
             "dtypes": {role: str(dtype).removeprefix("torch.") for role, dtype in dtypes.items()},
+            "attention": self.attention,
             "files": _file_facts({**_present(self.files), **self.given}),
             "pictures": [
                 {"file": path.name, "sha256": _sha256(path), "seed": picture.seed, "settings": picture.settings}

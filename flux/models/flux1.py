@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.attention import attention
+from ..ops.attention import Kernel, attention
 from ..ops.dtypes import clamp_to_range
 from ..ops.layers import TORCH_LAYERS, Layers
 from ..specs.flux1 import Flux1Spec
 from .positions import apply_rope, rope
 
-__all__ = ["Attend", "Conditions", "Flux1", "Modulations", "Shortcut", "rotary_attention", "timestep_embedding"]
+__all__ = [
+    "Attend", "Conditions", "DoubleBlock", "Flux1", "HeadNorm", "Modulations", "RotaryAttention", "Shortcut",
+    "SingleBlock", "head_norm", "timestep_embedding",
+]  # fmt: skip
 
 NORM_EPS = 1e-6
 TIME_WIDTH = 256
@@ -34,9 +37,23 @@ Observer = Callable[[int], None]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def rotary_attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention (B, H, L, D) whose queries and keys are rotated by their positions, ``bias`` added to its logits."""
-    return attention(apply_rope(q, rotation), apply_rope(k, rotation), v, bias)
+@dataclass(frozen=True, eq=False)
+class RotaryAttention:
+    """Attention (B, H, L, D) whose queries and keys are rotated by their positions.
+
+    Attributes:
+        bias: Added to its logits; None for nothing.
+        kernel: What computes it.
+    """
+
+    bias: Tensor | None = None
+    kernel: Kernel = attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+        return self.kernel(apply_rope(q, rotation), apply_rope(k, rotation), v, self.bias)
+
+
+PLAIN = RotaryAttention()
 
 
 class Modulations(NamedTuple):
@@ -108,6 +125,7 @@ class Flux1(nn.Module):
         conditions: Conditions,
         modulations: Modulations,
         observe: Observer | None = None,
+        kernel: Kernel = attention,
         shortcut: Shortcut | None = None,
     ) -> Tensor:
         """Predict the velocity ``noise - data``.
@@ -117,6 +135,7 @@ class Flux1(nn.Module):
             conditions: Text tokens, positions and bias.
             modulations: From ``modulate``, or from a table made ahead of the run.
             observe: Called with each block's index before it runs; may raise to stop.
+            kernel: What computes attention.
             shortcut: Asked behind the first block for what the last one would give.
 
         Returns:
@@ -127,7 +146,7 @@ class Flux1(nn.Module):
         ids = torch.cat((conditions.text_ids, conditions.image_ids))
         rotation = rope(ids, self.spec.axes, self.spec.theta)
         bias = conditions.bias
-        attend: Attend = rotary_attention if bias is None else partial(rotary_attention, bias=bias.to(img.dtype))
+        attend = RotaryAttention(None if bias is None else bias.to(img.dtype), kernel)
         for index, double in enumerate(self.double_blocks):
             if observe is not None:
                 observe(index)
@@ -238,10 +257,11 @@ class HeadNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self._replaced().to(x) if self.replacements else self.scale.to(x)
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), scale, eps=NORM_EPS)
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype) * scale
+        return head_norm(x, self.scale_for(x))
+
+    def scale_for(self, x: Tensor) -> Tensor:
+        """The scale (D,) that is used, where and as inputs are."""
+        return (self._replaced() if self.replacements else self.scale).to(x)
 
     def _replaced(self) -> Tensor:
         """Computed at use, for the own scale may come and go. A share of 1 gives the other scale to the bit."""
@@ -249,6 +269,13 @@ class HeadNorm(nn.Module):
         for share, other in self.replacements:
             scale = scale + share * other
         return scale
+
+
+def head_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """RMS norm of x (..., D) with fp32 statistics, times ``scale`` (D,)."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, (x.shape[-1],), scale, eps=NORM_EPS)
+    return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype) * scale
 
 
 class QueryKeyNorm(nn.Module):
@@ -291,7 +318,7 @@ class DoubleBlock(nn.Module):
         rotation: Tensor,
         img_mod: Tensor,
         txt_mod: Tensor,
-        attend: Attend = rotary_attention,
+        attend: Attend = PLAIN,
     ) -> tuple[Tensor, Tensor]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = per_token(img_mod, 6)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = per_token(txt_mod, 6)
@@ -328,12 +355,13 @@ class SingleBlock(nn.Module):
         self.linear2 = layers.Linear(spec.hidden + spec.mlp_width, spec.hidden)
         self.norm = QueryKeyNorm(spec.hidden // spec.heads)
 
-    def forward(self, x: Tensor, rotation: Tensor, modulation: Tensor, attend: Attend = rotary_attention) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, modulation: Tensor, attend: Attend = PLAIN) -> Tensor:
         shift, scale, gate = per_token(modulation, 3)
         fused = self.linear1(modulated_norm(x, shift, scale))
         q, k, v = split_heads(fused[..., : 3 * self.hidden], self.norm, self.heads)
         mixed = attend(q, k, v, rotation)
-        joined = self._join(mixed, fused) if torch.is_grad_enabled() else self._join_in_place(mixed, fused)
+        copies = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        joined = self._join(mixed, fused) if copies else self._join_in_place(mixed, fused)
         return torch.addcmul(x, gate, self.linear2(joined))
 
     def _join(self, mixed: Tensor, fused: Tensor) -> Tensor:

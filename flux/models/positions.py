@@ -85,9 +85,14 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x (B, heads, L, D) by ``rotation`` (L, D/2), in fp32, and return x's dtype."""
-    if torch.compiler.is_compiling():  # the compiler cannot fuse complex numbers
-        cos, sin = rotation.real, rotation.imag
+    """Rotate neighbouring pairs of x (B, heads, L, D), in fp32, and return x's dtype.
+
+    Args:
+        x: To be rotated.
+        rotation: From ``rope``, or its cosines and sines (L, D/2, 2) apart.
+    """
+    if torch.compiler.is_compiling() or not rotation.is_complex():  # the compiler cannot fuse complex numbers
+        cos, sin = (torch.view_as_real(rotation) if rotation.is_complex() else rotation).unbind(-1)
         even, odd = as_pairs(x).unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(as_pairs(x))

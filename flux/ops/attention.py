@@ -1,14 +1,27 @@
 """Scaled dot-product attention behind one signature.
 
+``attention`` is torch's own, by whichever of its kernels torch chooses. What else there is for a transformer's is in
+``attention_backends``.
+
 Shapes: B batch, H heads, L query length, S key length, D head dimension.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["attention"]
+__all__ = ["Kernel", "attention"]
+
+
+class Kernel(Protocol):
+    """What has the signature of ``attention``, and gives the same but for rounding."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, /, *, scale: float | None = None
+    ) -> Tensor: ...
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from ..adapters.control_lora import Attachment
 from ..adapters.guides import Channels, Guide
 from ..errors import MismatchError
 from ..models.flux1 import Conditions, Flux1, Modulations
+from ..ops.attention import Kernel, attention
 from ..sampling.packing import PATCH, pack, unpack
 from ..specs.flux1 import Flux1Spec
 from .hooks import Hooks
@@ -58,11 +59,13 @@ class Engine:
         part: The transformer.
         followed: The guides of the LoRAs, in their order there; one LoRA may follow several pictures.
         attachment: What the LoRAs' strengths are set by; None without any.
+        kernel: What computes attention.
     """
 
     part: Part[Flux1Spec, Flux1]
     followed: tuple[Channels, ...] = ()
     attachment: Attachment | None = None
+    kernel: Kernel = attention
 
     def weigh(self, guides: Sequence[Guide]) -> None:
         """Give every LoRA the strength of its guide, none where it has no guide here."""
@@ -126,7 +129,8 @@ class Denoiser:
         count = image.shape[1]
         if beside.references is not None:
             image = self._with_references(image, beside.references.expand(batch, -1, -1))
-        velocity = self.part.module(image, conditions, modulations, self.hooks.check, self._evaluation(sigma, count))
+        evaluation = self._evaluation(sigma, count)
+        velocity = self.part.module(image, conditions, modulations, self.hooks.check, self.engine.kernel, evaluation)
         return unpack(velocity[:, :count].float(), height, width)
 
     def _evaluation(self, sigma: float, own: int) -> Evaluation | None:

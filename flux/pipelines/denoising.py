@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, h and w in latent cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from ..errors import NumericError
 from ..memory.exhaustion import Fallback
 from ..memory.spread import shares
 from ..models.flux1 import Flux1
+from ..ops.attention_backends import AUTO, Attention, Case, choose_attention, until_finite
 from ..sampling.guidance import masked, true_cfg
 from ..sampling.schedules import fraction_done
 from ..sampling.solvers import OnStep, evaluation_sigmas, solver
@@ -28,7 +29,9 @@ from .parts import Part
 from .prompts import EncodedPrompt
 from .step_cache import CachedSteps
 
-__all__ = ["TRANSFORMER", "Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "denoise", "prepared", "walk"]
+__all__ = [
+    "TRANSFORMER", "Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "attention_of", "denoise", "prepared", "walk",
+]  # fmt: skip
 
 Velocity = Callable[[Tensor, float], Tensor]
 TRANSFORMER = "transformer"  # the stage's key
@@ -52,6 +55,8 @@ def denoise(
     guided: Guidance | None = None,
     limit: int | None = None,
     cached: CachedSteps | None = None,
+    attention: str = AUTO,
+    compiled: bool = False,
 ) -> Tensor:
     """Run a schedule: ``prepared`` for one ``walk``. See there for what the arguments are.
 
@@ -67,7 +72,7 @@ def denoise(
     ready = prepared(
         part, positive, sigmas,
         guidance=guidance, negative=negative, cfg=cfg, solver_name=solver_name, tables=tables, hooks=hooks,
-        guided=guided, limit=limit, cached=cached,
+        guided=guided, limit=limit, cached=cached, attention=attention, compiled=compiled,
     )  # fmt: skip
     with part.metered(hooks.meter, TRANSFORMER), ready as velocity:
         return walk(
@@ -91,6 +96,8 @@ def prepared(
     guided: Guidance | None = None,
     limit: int | None = None,
     cached: CachedSteps | None = None,
+    attention: str = AUTO,
+    compiled: bool = False,
 ) -> Iterator[Velocity]:
     """Have a transformer ready for a schedule inside the block, for as many walks as wanted.
 
@@ -107,14 +114,21 @@ def prepared(
         guided: What guides the run beside its prompts. Style tokens are the positive prompt's only.
         limit: Bytes that the weights may take, of all transformers together; what goes beyond is streamed.
         cached: A step cache, of the same schedule; whoever walks has it begin again for each walk.
+        attention: One of ``ops.attention_backends.CHOICES``.
+        compiled: Whether blocks run compiled, as far as the machine can compile; see ``compiled``.
 
     Yields:
         The velocity of latents (B, C, h, w) at a time of the schedule.
+
+    Raises:
+        UserError: There is no such attention, or it cannot run here.
     """
     hooks, guided = hooks or Hooks(), guided or Guidance()
     predictions = predictions_of(guided.guides)
     with ExitStack() as held:
-        engines = _engines(held, part, guided, predictions, hooks, tables=tables, limit=limit)
+        engines = _engines(held, part, guided, predictions, hooks, attention, tables=tables, limit=limit)
+        if compiled:
+            _compile(held, engines.values(), hooks)
         flows = []
         for prediction in predictions:
             engine = engines[prediction.model]
@@ -135,9 +149,10 @@ def prepared(
         going_on = Fallback(
             [own.residency for own in distinct], [_apart(own, tables=tables) for own in distinct], hooks.warn
         )
+        kernels = dict.fromkeys(engine.kernel for engine in engines.values())
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            result = going_on(lambda: predicted(x, sigma))
+            result = going_on(lambda: until_finite(kernels, lambda: predicted(x, sigma)))
             if cached is not None:
                 cached.settle()  # not before: what memory ran out for is repeated from its beginning
             return result
@@ -162,6 +177,7 @@ def _engines(
     guided: Guidance,
     predictions: Sequence[Prediction],
     hooks: Hooks,
+    attention: str,
     *,
     tables: bool,
     limit: int | None,
@@ -175,14 +191,15 @@ def _engines(
     loras = [guide.lora for guide in followed if guide.lora is not None]
     models = {name: part if name is None else guided.models[name] for name in (p.model for p in predictions)}
     distinct = list(dict.fromkeys(models.values()))
+    kernels = {model: attention_of(model, attention, hooks.warn) for model in distinct}
     for model, share in zip(distinct, _shares(distinct, limit, tables=tables), strict=True):
         apart = _apart(model, tables=tables)
         held.enter_context(model.resident(without=apart, watch=hooks.loading, limit=share, tell=hooks.warn))
-        engines[model] = Engine(model)
+        engines[model] = Engine(model, kernel=kernels[model])
     if loras and part in engines:
         putting_on = attached(part.module, loras, part.device, part.dtype, norms_by_strength=guided.norms_by_strength)
         attachment = held.enter_context(putting_on)
-        engines[part] = Engine(part, followed, attachment)
+        engines[part] = Engine(part, followed, attachment, kernels[part])
     return {name: engines[model] for name, model in models.items()}
 
 
@@ -195,6 +212,21 @@ def _shares(parts: Sequence[Part[Flux1Spec, Flux1]], limit: int | None, *, table
         accounts, apart = part.residency.accounts, _apart(part, tables=tables)
         needs.append((accounts.footprint(apart, 0).device_bytes, accounts.footprint(apart).device_bytes))
     return shares(limit, needs)
+
+
+def attention_of(
+    part: Part[Flux1Spec, Flux1], name: str = AUTO, tell: Callable[[str], None] | None = None
+) -> Attention:
+    """What computes a transformer's attention where it runs; see ``choose_attention``."""
+    return choose_attention(name, Case(part.device, part.dtype, part.spec.hidden // part.spec.heads), tell)
+
+
+def _compile(held: ExitStack, engines: Iterable[Engine], hooks: Hooks) -> None:
+    """Have the blocks of every transformer run compiled as long as ``held`` is open."""
+    from .compiled import compiled_blocks  # which brings the compiler
+
+    for part in dict.fromkeys(engine.part for engine in engines):
+        held.enter_context(compiled_blocks(part.module, tell=hooks.warn))
 
 
 def _apart(part: Part[Flux1Spec, Flux1], *, tables: bool) -> tuple[str, ...]:

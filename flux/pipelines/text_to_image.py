@@ -20,13 +20,14 @@ from ..memory.policy import Policy
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..models.positions import LAYOUTS
+from ..ops.attention_backends import AUTO, PLAIN
 from ..preprocess.control import check_finite
 from ..sampling.noise import NOISE_STYLES, draw_noise, image_seeds
 from ..sampling.schedules import MAX_MU, check_sigmas, flux1_mu, flux1_tokens, make_schedule, shorten
 from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
-from .denoising import TRANSFORMER, Hooks, prepared, walk
+from .denoising import TRANSFORMER, Hooks, attention_of, prepared, walk
 from .given import check_unit
 from .guided import (
     AnyInput,
@@ -109,6 +110,8 @@ class Request:
             Forest Labs' code has it).
         memory: How much the run may take; see ``memory.policy``. Pictures are the same under any.
         step_cache: When steps that change little may be skipped; None for never.
+        attention: What computes the transformer's attention: one of ``ops.attention_backends.CHOICES``.
+        compiled: Whether its blocks run compiled, which pays where many pictures are drawn; see ``compiled``.
     """
 
     prompt: str
@@ -134,6 +137,8 @@ class Request:
     norms_by_strength: bool = False
     memory: Policy = Policy()
     step_cache: StepCache | None = None
+    attention: str = AUTO
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,8 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             ready = prepared(
                 model.transformer, positive, plan.sigmas,
                 guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
-                guided=guided, limit=granted.limits.get("transformer"), cached=cached,
+                guided=guided, limit=granted.limits.get("transformer"), cached=cached, attention=request.attention,
+                compiled=request.compiled,
             )  # fmt: skip
             with model.transformer.metered(hooks.meter, TRANSFORMER):
                 velocity = held.enter_context(ready)
@@ -234,6 +240,7 @@ class _Plan:
     guidance: float | None
     cfg: float
     seeds: list[int]
+    attention: str
 
 
 def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
@@ -262,6 +269,7 @@ def _plan(model: FluxModel, request: Request, hooks: Hooks) -> _Plan:
         guidance=guidance,
         cfg=cfg,
         seeds=image_seeds(request.seed, request.count),
+        attention=attention_of(model.transformer, request.attention).backend.name,
     )
 
 
@@ -507,4 +515,6 @@ def _settings(model: FluxModel, request: Request, plan: _Plan, seed: int, skippe
         ),
         **({"norms_by_strength": True} if request.norms_by_strength else {}),
         **({"step_cache": skipped.described()} if skipped is not None else {}),
+        **({"attention": plan.attention} if plan.attention != PLAIN.name else {}),
+        **({"compiled": True} if request.compiled else {}),
     }

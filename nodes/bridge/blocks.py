@@ -16,8 +16,9 @@ from comfy.ldm.flux.math import attention as host_attention
 from torch import Tensor
 
 from ...flux.errors import MismatchError
-from ...flux.models.flux1 import Attend, Conditions, Flux1, Modulations, Shortcut, rotary_attention
+from ...flux.models.flux1 import Attend, Conditions, Flux1, Modulations, RotaryAttention, Shortcut
 from ...flux.models.positions import rope
+from ...flux.ops.attention import Kernel
 from ...flux.ops.dtypes import clamp_to_range
 from .progress import check_cancelled
 from .references import as_bias
@@ -55,6 +56,7 @@ def run_patched(
     vector: Tensor,
     control: Options | None,
     options: Options,
+    kernel: Kernel,
     shortcut: Shortcut | None = None,
 ) -> Tensor:
     """``Flux1.forward`` with patches.
@@ -67,12 +69,13 @@ def run_patched(
         vector: What the modulations were made from; only shown to patches.
         control: A ControlNet's residuals, ``input`` for double and ``output`` for single blocks.
         options: The host's transformer options; what patches read of the current block is set in them.
+        kernel: What computes attention that no patch touches.
         shortcut: See ``Flux1.forward``. What was done to blocks that it stands in for is done as it was the last time.
     """
     img, txt, ids = _after_input(model, tokens, conditions, options)
     length = txt.shape[1]
     options["img_slice"] = [length, length + img.shape[1]]
-    run = _Run(model, modulations, vector, ids, _for_host(conditions.bias, img), control or {}, options)
+    run = _Run(model, modulations, vector, ids, _for_host(conditions.bias, img), control or {}, options, kernel)
     before = img
     img, txt = run.double(0, img, txt)
     last = None if shortcut is None else shortcut.recall(before, img)
@@ -127,9 +130,10 @@ class _Run:
         bias: Tensor | None,
         control: Options,
         options: Options,
+        kernel: Kernel,
     ) -> None:
         self.model, self.modulations, self.vector, self.bias = model, modulations, vector, bias
-        self.control, self.options = control, options
+        self.control, self.options, self.kernel = control, options, kernel
         self.replaced = options.get("patches_replace", {}).get("dit", {})
         spec = model.spec
         self.rotation = rope(ids, spec.axes, spec.theta)
@@ -178,7 +182,7 @@ class _Run:
         bias = args.get("attn_mask", self.bias)
         if self.is_hosts:
             return partial(self._host_attend, bias=bias)
-        return rotary_attention if bias is None else partial(rotary_attention, bias=_by_head(as_bias(bias)))
+        return RotaryAttention(None if bias is None else _by_head(as_bias(bias)), self.kernel)
 
     def _host_attend(self, q: Tensor, k: Tensor, v: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
         """Attention (B, H, L, D) by the host, which rotates, with the patches before and behind it."""

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ...flux.models.flux1 import NORM_EPS, HeadNorm
+from ...flux.models.flux1 import NORM_EPS, HeadNorm, head_norm
 from .compat import cast_once
 from .weights import HostLayers
 
 __all__ = ["host_state", "use_host_norms"]
 
 SCALE, WEIGHT = "_norm.scale", "_norm.weight"  # Black Forest Labs' name of the parameter, and the host's
-
-
-class _Scaled(NamedTuple):
-    """What ``HeadNorm`` reads of itself."""
-
-    scale: Tensor
-    replacements: tuple[()] = ()
 
 
 @cache
@@ -32,9 +25,16 @@ def norm_class(base: Any) -> Any:
 
         def forward(self, x: Tensor) -> Tensor:
             if not (self.comfy_cast_weights or self.weight_function):
-                return HeadNorm.forward(_Scaled(self.weight), x)  # type: ignore[arg-type]
+                return head_norm(x, self.weight.to(x))
             with cast_once(self, x) as (weight, _):
-                return HeadNorm.forward(_Scaled(weight), x)  # type: ignore[arg-type]
+                return head_norm(x, weight.to(x))
+
+        def scale_for(self, x: Tensor) -> Tensor:
+            """See ``HeadNorm``; a copy, for the host may take back what it brought."""
+            if not (self.comfy_cast_weights or self.weight_function):
+                return cast(Tensor, self.weight.to(x))
+            with cast_once(self, x) as (weight, _):
+                return weight.to(x, copy=True)
 
     return HostHeadNorm
 

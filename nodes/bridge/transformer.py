@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ...flux.models.flux1 import Conditions, Flux1, Modulations
 from ...flux.models.positions import LAYOUTS, text_ids
+from ...flux.ops.attention_backends import until_finite
 from ...flux.pipelines.modulation_tables import tabulate
 from ...flux.sampling.packing import PATCH, pack, pad_to_patch, unpack
 from ...flux.specs.flux1 import Flux1Spec
+from .attention import attention_for
 from .blocks import is_patched, run_patched
 from .experts import EXPERT, TABLE, Expert
 from .norms import use_host_norms
@@ -159,14 +161,18 @@ class HostFlux1(Flux1):
         )
         pooled = x.new_zeros(len(x), self.spec.pooled_width) if y is None else y
         modulations = self._modulations(timestep, pooled, guidance, options.get(TABLE))
+        kernel = attention_for(self.spec, tokens)
         evaluation = evaluation_of(self, options, timestep, own)
-        if is_patched(options, control):
+
+        def velocity() -> Tensor:
+            if not is_patched(options, control):
+                return Flux1.forward(self, tokens, conditions, modulations, check_cancelled, kernel, evaluation)
             vector = self.embed(timestep, pooled, guidance)
-            velocity = run_patched(self, tokens, conditions, modulations, vector, control, options, evaluation)
-        else:
-            velocity = super().forward(tokens, conditions, modulations, check_cancelled, evaluation)
+            return run_patched(self, tokens, conditions, modulations, vector, control, options, kernel, evaluation)
+
+        found = until_finite([kernel], velocity)
         settle(options, evaluation)
-        return unpack(velocity[:, :own], *size)
+        return unpack(found[:, :own], *size)
 
     def _modulations(
         self, times: Tensor, pooled: Tensor, guidance: Tensor | None, table: ModulationTable | None

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import __main__ as benchmarks
 from benchmarks.readme import TITLES
 
-SLOW = ("fidelity", "decoding", "prompts", "guided", "transformer", "streaming", "planned", "step_cache")
+SLOW = ("fidelity", "decoding", "prompts", "guided", "transformer", "streaming", "planned", "step_cache", "compiled")
 
 
 @pytest.fixture(autouse=True)

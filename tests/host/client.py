@@ -171,8 +171,8 @@ def prepare(base: Path) -> None:
 
 
 @contextlib.contextmanager
-def serve(comfyui: Path, base: Path) -> Iterator[Host]:
-    """Start a ComfyUI on the CPU, wait until it answers, and stop it in the end."""
+def serve(comfyui: Path, base: Path, *more: str) -> Iterator[Host]:
+    """Start a ComfyUI on the CPU, with more flags, wait until it answers, and stop it in the end."""
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     port = _free_port()
     flags = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", "--preview-method", "latent2rgb"]
@@ -187,7 +187,7 @@ def serve(comfyui: Path, base: Path) -> Iterator[Host]:
     log = base / "log.txt"
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     with log.open("w") as out:
-        command = [python, "main.py", *flags, *places]
+        command = [python, "main.py", *flags, *more, *places]
         process = subprocess.Popen(command, cwd=comfyui, stdout=out, stderr=subprocess.STDOUT, env=quiet)
     host = Host(f"http://127.0.0.1:{port}", base, python)
     try:

@@ -33,5 +33,11 @@ def test_the_entrypoint_gives_an_extension_with_every_node(pack: ModuleType, par
     assert nodes == part("nodes").NODES
 
 
+def test_the_engine_may_be_in_a_process_twice_operators_included(part) -> None:
+    import flux.pipelines.compiled as alone
+
+    assert part("flux.pipelines.compiled")._operators is not alone._operators
+
+
 def test_the_web_directory_exists(pack: ModuleType) -> None:
     assert (ROOT / pack.WEB_DIRECTORY).is_dir()

@@ -86,6 +86,7 @@ CONTRACT = {
         ["String", "Image", "Float"],
     ),
     "FluxFoundryMemoryReport": (["image"], ["String", "Image"]),
+    "FluxFoundryCompile": (["model", "dynamic"], ["Model"]),
     "FluxFoundryInspectFile": (["file", "model"], ["String"]),
     "FluxFoundrySaveModel": (["model", "filename_prefix", "format", "layout"], ["String"]),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...ops.devices import capability
 from .base import DATA, Parts
 from .floats import E4M3, E4M3_MAX
 from .roles import BLOCK_EXPONENT, BLOCK_SCALE, PRE_QUANT_SCALE, SCALE, TENSOR_SCALE
@@ -29,22 +30,14 @@ NVFP4_RANGE = 448.0 * 6.0
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _capability(device: str) -> tuple[int, int]:
-    place = torch.device(device)
-    if place.type != "cuda" or torch.version.hip is not None:
-        return 0, 0
-    return torch.cuda.get_device_capability(place)
-
-
 def fp8_units(device: torch.device, *, per_row: bool = False) -> bool:
     """Whether a device multiplies fp8, with a scale for each row if that is asked."""
-    return _capability(str(device)) >= (ROW_CAPABILITY if per_row else FP8_CAPABILITY)
+    return capability(str(device)) >= (ROW_CAPABILITY if per_row else FP8_CAPABILITY)
 
 
 def fp4_units(device: torch.device) -> bool:
     """Whether a device multiplies nvfp4 and mxfp8."""
-    return _capability(str(device)) >= FP4_CAPABILITY
+    return capability(str(device)) >= FP4_CAPABILITY
 
 
 @functools.cache

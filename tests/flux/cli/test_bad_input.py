@@ -78,6 +78,8 @@ def refused(draw, tmp_path):
         ({"scheduler": "karras"}, "karras"),
         ({"noise": "pink"}, "no noise style 'pink'; choose one of: comfyui, bfl, diffusers"),
         ({"dtype": "int3"}, "no dtype 'int3'; choose one of: auto, fp32, bf16, fp16"),
+        ({"attention": "xformers"}, "no attention 'xformers'; choose one of: auto, fast, sdpa, cudnn"),
+        ({"attention": "cudnn", "device": "cpu"}, "attention by cudnn cannot run here: it needs an NVIDIA GPU"),
         ({"device": "tpu"}, "no device 'tpu'; choose one of: auto, cpu, cuda"),
         ({"device": "cpu:x"}, "no device 'cpu:x'"),
         ({"sigmas": "1,0.2,0.5,0"}, "0.5"),

@@ -168,6 +168,38 @@ def test_the_record_says_what_made_the_pictures(draw, tiny, tmp_path):
     assert any("width 30" in remark for remark in record["notes"])
 
 
+def test_attention_is_chosen_told_and_recorded(draw, tmp_path):
+    said = draw("--out", tmp_path / "a.png", "--record", attention="math")
+    told = "math (as it is written down, for comparison): asked for"
+    assert f"attention by {told}" in " ".join(said.err)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["attention"] == told
+    assert record["pictures"][0]["settings"]["attention"] == read_settings(tmp_path / "a.png")["attention"] == "math"
+    said = draw("--out", tmp_path / "b.png", "--record")
+    assert "attention" not in " ".join(said.err)
+    assert json.loads((tmp_path / "b.json").read_text())["attention"].startswith("sdpa (torch's, by its own choice)")
+    assert "attention" not in read_settings(tmp_path / "b.png")
+    difference = np.asarray(Image.open(tmp_path / "a.png"), int) - np.asarray(Image.open(tmp_path / "b.png"), int)
+    assert abs(difference).max() <= 1
+
+
+def test_a_run_is_compiled_if_that_is_asked(draw, tmp_path, monkeypatch):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("flux.pipelines.compiled.INDUCTOR", count)
+    for name, words in (("a", ["--compile"]), ("b", [])):
+        assert draw("--out", tmp_path / f"{name}.png", *words).code == 0
+        assert len(graphs) == 2
+    assert read_settings(tmp_path / "a.png")["compiled"] is True
+    assert "compiled" not in read_settings(tmp_path / "b.png")
+    difference = np.asarray(Image.open(tmp_path / "a.png"), int) - np.asarray(Image.open(tmp_path / "b.png"), int)
+    assert abs(difference).max() <= 1
+
+
 def test_the_record_names_the_picture_and_mask_that_a_run_began_with(draw, tmp_path):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "start.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "all.png")

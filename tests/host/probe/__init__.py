@@ -54,6 +54,20 @@ class ProbeCompare(io.ComfyNode):
         return io.NodeOutput(ui={"report": [json.dumps(report)]})
 
 
+class ProbeGraphs(io.ComfyNode):
+    """Reports how many graphs torch has compiled by the time that latents are there."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Latent.Input("a"), io.Latent.Input("b", optional=True)]
+        return io.Schema("ProbeGraphs", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, a, b=None):
+        report = {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
+
+
 class ProbePick(io.ComfyNode):
     """One picture of a batch, as a batch of its own."""
 
@@ -596,7 +610,7 @@ class Probes(ComfyExtension):
     async def get_node_list(self):
         return [
             ProbeConditioning, ProbeCompare, ProbePick, ProbeModel, ProbeForeignLatent, ProbeTokens, ProbeTable,
-            ProbeMemory, ProbeVelocity, ProbeText, ProbeParity,
+            ProbeMemory, ProbeVelocity, ProbeText, ProbeParity, ProbeGraphs,
             ProbeStyle, ProbePicture, ProbeControls, ProbeConditions, *memory.NODES,
         ]  # fmt: skip
 
