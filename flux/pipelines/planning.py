@@ -356,7 +356,7 @@ def _run_transformer(module: Flux1, spec: Flux1Spec, stage: str, dtype: torch.dt
         image = torch.cat((pack(latents.to(dtype)), beside.expand(job.batch, -1, -1)), dim=1)
         own = rows * columns // PATCH**2
         evaluation = None if cached is None else cached.evaluation((stage,), 1.0, own=own, blocks=0)
-        out = module(image, Conditions(text, text_ids(length), ids), modulations, None, evaluation)
+        out = module(image, Conditions(text, text_ids(length), ids), modulations, shortcut=evaluation)
         return unpack(out[:, :own].float(), rows, columns)
 
     return step

@@ -317,7 +317,7 @@ class Shortcut:
 
 def run_with(model, shortcut, observe=None):
     image, conditions, *moment = inputs(TINY, batch=2)
-    return model(image, conditions, model.modulate(model.embed(*moment)), observe, shortcut)
+    return model(image, conditions, model.modulate(model.embed(*moment)), observe, shortcut=shortcut)
 
 
 def test_a_shortcut_that_knows_nothing_changes_no_bit_and_sees_both_ends():

@@ -60,13 +60,13 @@ class Spy:
         self.calls = []
         real = Flux1.forward
 
-        def forward(model, image, conditions, modulations, observe=None, shortcut=None):
+        def forward(model, image, conditions, modulations, observe=None, *rest):
             self.calls.append(0)
 
             def count(index):
                 self.calls[-1] += 1
 
-            return real(model, image, conditions, modulations, count, shortcut)
+            return real(model, image, conditions, modulations, count, *rest)
 
         monkeypatch.setattr(Flux1, "forward", forward)
 
@@ -357,7 +357,7 @@ def test_a_step_that_is_repeated_because_memory_ran_out_decides_as_before(path, 
     expected, skipped = run(opened(), LOOSE, **limits)
     real, count = Flux1.forward, iter(range(1000))
 
-    def forward(model, image, conditions, modulations, observe=None, shortcut=None):
+    def forward(model, image, conditions, modulations, observe=None, *rest):
         fails = next(count) == at
 
         def watch(index):
@@ -366,7 +366,7 @@ def test_a_step_that_is_repeated_because_memory_ran_out_decides_as_before(path, 
 
         if fails and within == "before":
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        result = real(model, image, conditions, modulations, watch, shortcut)
+        result = real(model, image, conditions, modulations, watch, *rest)
         if fails and within == "at the end":
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return result
