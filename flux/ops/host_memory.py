@@ -1,8 +1,8 @@
 """Memory on the host for what is large and soon let go: in large pages, and lent again when it comes back.
 
-A weight's numbers are needed for one product, a layer's widest result for one block. To be given 150 MB anew, zeroed page
-by page, takes the system as long as decoding them, so that the largest blocks that came back are kept for the next takers
-until they are dropped: two, for a weight and the result that is made with it.
+A weight's numbers are needed for one product, a layer's widest result for one block. To be given 150 MB anew, zeroed
+page by page, takes the system as long as decoding them, so that the largest blocks that came back are kept for the next
+takers until they are dropped: two, for a weight and the result that is made with it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class _Spare:
     def give(self, block: Block) -> None:
         """Keep the largest of a block that came back and the spare ones, as far as they may be kept."""
         with self._lock:
-            left, kept = LARGEST_SPARE, []
+            left = LARGEST_SPARE
+            kept: list[Block] = []
             for own in sorted((block, *self._blocks), key=len, reverse=True):
                 if len(kept) < MOST_SPARE and own.nbytes <= left:
                     left -= own.nbytes
