@@ -1,18 +1,21 @@
 """Every table that the project publishes: ``python -m benchmarks`` (or ``make bench``).
 
 ``--quick`` leaves the slow ones out: fidelity, decoding, what the embedded models draw of prompts and under guidance,
-the step beside diffusers, what streaming costs, how near plans come to what runs take, what a step cache saves, what
-compiling brings.
-``--fidelity`` prints what each storage format costs, and nothing else.
+the step beside other engines, for one picture and several, what streaming costs, how near plans come to what runs take,
+what a step cache saves, what compiling brings.
+``--fidelity`` prints what each storage format costs, and nothing else. What a GPU does has a command of its own:
+``python -m benchmarks.gpu``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +29,7 @@ from flux.weights.readers.gguf import GgufFile
 from flux.weights.readers.safetensors import SafetensorsFile
 
 from . import (
+    batches,
     compiled,
     decoding,
     fidelity,
@@ -39,6 +43,7 @@ from . import (
     transformer,
 )
 from .machine import processor
+from .report import Report
 
 __all__ = ["main"]
 
@@ -60,13 +65,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--write", action="store_true", help=f"keep the tables in {TABLES.parent.name}/{TABLES.name}")
     options = parser.parse_args(arguments)
-    parts = {"environment": environment, "embedded": embedded, "startup": startup.table, "opening": opening.table}
+    parts: dict[str, Callable[[], str | Report]] = {
+        "environment": environment,
+        "embedded": embedded,
+        "startup": startup.table,
+        "opening": opening.table,
+    }
     if not options.quick:
         parts["fidelity"] = fidelity.table
         parts["decoding"] = decoding.table
         parts["prompts"] = lambda: prompts.table(options.count)
         parts["guided"] = lambda: guided.table(options.cases)
         parts["transformer"] = transformer.table
+        parts["batches"] = batches.table
         parts["streaming"] = streaming.table
         parts["planned"] = planned.table
         parts["step_cache"] = step_cache.table
@@ -74,12 +85,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.fidelity:
         parts = {"fidelity": fidelity.table}
     for name, make in parts.items():
-        text = make()
-        sys.stdout.write(f"## {name}\n\n{text}\n\n")
+        found = make()
+        sys.stdout.write(f"## {name}\n\n{found}\n\n")
         sys.stdout.flush()
         if options.write:
             TABLES.mkdir(exist_ok=True)
-            (TABLES / f"{name}.md").write_text(f"{text}\n", encoding="utf-8")
+            (TABLES / f"{name}.md").write_text(f"{found}\n", encoding="utf-8")
+            if isinstance(found, Report):
+                data = {"environment": environment(), **found.data}
+                (TABLES / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,11 +1,13 @@
-"""On what machine figures are taken."""
+"""On what machine figures are taken, and what a process takes of it."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
 
-__all__ = ["processor"]
+__all__ = ["peak_resident", "processor"]
+
+KIB = 1024
 
 
 def processor() -> str:
@@ -16,3 +18,9 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def peak_resident() -> int:
+    """Bytes of this process's peak resident set (Linux: a child's ``ru_maxrss`` would begin at its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * KIB

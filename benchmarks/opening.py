@@ -29,7 +29,7 @@ from flux.pipelines.describe import describe
 from flux.pipelines.parts import open_transformer
 from flux.weights.formats.gguf_blocks import BLOCKS
 
-from .transformer import peak_resident
+from .machine import peak_resident
 
 __all__ = ["Opened", "main", "measure", "table", "write_sparse"]
 

@@ -29,11 +29,10 @@ from flux.pipelines.prompts import EncodedPrompt
 from flux.sampling.noise import draw_noise
 from flux.specs.flux1 import FLUX1, Flux1Spec
 
-from .machine import processor
+from .machine import peak_resident, processor
 from .random_files import write_random
-from .transformer import peak_resident
 
-__all__ = ["CASES", "Case", "main", "table"]
+__all__ = ["BARS", "CASES", "Case", "compare", "main", "table", "warm_up"]
 
 SMALL = replace(
     FLUX1["flux1-dev"], name="flux1-small", title="a small FLUX.1", hidden=1024, heads=8, double_blocks=4,
@@ -63,7 +62,7 @@ class Case:
         return f"{self.side}², batch {self.batch}, {self.stored}, {self.policy}{more}"
 
 
-WARM_UP = Case(512)  # on the embedded model, so that libraries and threads are there before the measuring
+WARM_UP = Case(512)  # on the embedded model
 CASES = (
     Case(256), Case(512), Case(1024), Case(512, batch=4), Case(512, policy="balance"), Case(512, policy="save"),
     Case(1024, policy="save"), Case(512, policy="0.75"), Case(512, stored="fp8"),
@@ -76,15 +75,25 @@ CASES = (
 @torch.inference_mode()
 def measure(path: Path, case: Case, device: torch.device) -> tuple[int, int]:
     """Bytes that were planned for a case, and bytes that it took."""
+    warm_up(device)
+    return compare(open_transformer(path, device, DTYPES[device.type], keep=KEEPS.get(case.stored, "packed")), case)
+
+
+def warm_up(device: torch.device) -> None:
+    """Have libraries and threads there before anything is measured."""
     _run(open_transformer(MINI.transformer, device, DTYPES[device.type]), WARM_UP, None)
-    part = open_transformer(path, device, DTYPES[device.type], keep=KEEPS.get(case.stored, "packed"))
+
+
+@torch.inference_mode()
+def compare(part: Part[Flux1Spec, Flux1], case: Case) -> tuple[int, int]:
+    """Bytes that were planned for a case, and bytes that it took, in a process that is warm."""
     job = Job(
         width=case.side, height=case.side, batch=case.batch, steps=STEPS,
         references=((case.side, case.side),) * case.references,
     )  # fmt: skip
-    policy = read_policy(case.policy)
+    device, policy = part.device, read_policy(case.policy)
     [stage] = plan_run([planned_of_part(part)], job, policy, device=str(device), available=0).stages
-    before = _taken(device)
+    before = _begin(device)
     _run(part, case, stage.limit)
     return stage.peak_bytes, _taken(device) - before
 
@@ -101,6 +110,13 @@ def _run(part: Part[Flux1Spec, Flux1], case: Case, limit: int | None) -> None:
         part, prompt, noise, [1 - index / STEPS for index in range(STEPS + 1)], guidance=GUIDANCE,
         guided=Guidance(guides=[Reference(latents=latents) for latents in references]), limit=limit,
     )  # fmt: skip
+
+
+def _begin(device: torch.device) -> int:
+    """Have the peak counted from here; what it is."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return _taken(device)
 
 
 def _taken(device: torch.device) -> int:

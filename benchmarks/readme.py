@@ -17,12 +17,14 @@ TITLES = {
     "startup": "How long it takes",
     "opening": "Opening the largest file",
     "decoding": "Unpacking weights on the CPU",
-    "transformer": "Beside diffusers",
+    "transformer": "Beside diffusers and ComfyUI",
+    "batches": "Several pictures at once",
     "streaming": "What streaming costs",
     "planned": "Plans beside what runs take",
     "step_cache": "What a step cache saves and costs",
     "compiled": "What compiling brings",
     "real_size": "A FLUX.1 of real size on the CPU",
+    "gpu": "On a GPU",
 }
 BETWEEN = re.compile(r"(<!-- tables:begin.*?-->\n).*?(<!-- tables:end -->)", re.DOTALL)
 

@@ -24,6 +24,7 @@ from flux.pipelines.parts import Part, open_transformer
 from flux.pipelines.prompts import EncodedPrompt
 from flux.sampling.noise import draw_noise
 
+from .engines import PATCH
 from .machine import processor
 from .random_files import write_random
 from .transformer import COLUMNS, GUIDANCE, MIDDLE, ROWS, TEXT_TOKENS, make_inputs
@@ -35,7 +36,6 @@ BAR = {0.5: 1.25}  # times of the resident step
 REPEATS = 5
 TIME = 0.5  # of the flow
 MIB = 1 << 20
-TOKEN = 2  # latent cells along a token's side
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def _run(path: Path, share: float) -> Run:
     limit = None if share == 1 else int(whole.others + share * (whole.device_bytes - whole.others))
     footprint = part.residency.accounts.footprint(apart, limit)
     part.residency.load(without=apart, limit=limit)
-    inputs = make_inputs(MIDDLE, torch.float32)
-    flow = Denoiser(Engine(part), EncodedPrompt(inputs.text, inputs.pooled), GUIDANCE, Hooks())
+    inputs = make_inputs(MIDDLE)
+    flow = Denoiser(Engine(part), EncodedPrompt(inputs["text"], inputs["pooled"]), GUIDANCE, Hooks())
     flow.prepare([TIME])
-    noise = draw_noise((MIDDLE.latent_channels, TOKEN * ROWS, TOKEN * COLUMNS), [0])
+    noise = draw_noise((MIDDLE.latent_channels, PATCH * ROWS, PATCH * COLUMNS), [0])
     return Run(part, footprint.device_bytes, len(footprint.blocks.streamed), lambda: flow(noise, TIME))
 
 

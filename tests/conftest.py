@@ -1,4 +1,4 @@
-"""Makes ``flux`` importable from the project's root, wherever pytest was started."""
+"""Makes ``flux`` importable from wherever pytest was started; skips what needs a GPU where there is none."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ if str(ROOT) not in sys.path:
 
 # The models of these tests are tiny: threads cost more than they bring, above all on a busy machine (68 s against 12).
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no GPU found")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(params=[False, True], ids=["gradients", "inference"])

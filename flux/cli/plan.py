@@ -100,7 +100,7 @@ def _parts(models: Sequence[str], device: torch.device, dtype: torch.dtype | Non
         if type(own) not in kinds:
             shapes = parameter_shapes(own)
             assert shapes is not None
-            yield planned_of_spec(own, dtype or compute_dtype(device, _count(shapes)))
+            yield planned_of_spec(own, dtype or compute_dtype(device, _count(shapes)), device)
 
 
 def _count(shapes: Any) -> int:

@@ -1,7 +1,8 @@
 """Which number format a device multiplies fast.
 
 CPUs differ by two orders of magnitude here: with bf16 units bf16 is several times faster than fp32, without them some
-hundred times slower. So it is measured, once for each device, on one matrix product that takes a few milliseconds.
+hundred times slower. So it is measured, once for each device, on one matrix product that takes a few milliseconds; in
+one thread, for where others hold a core the threads of a short product wait for one another longer than they compute.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["clamp_to_range", "compute_dtype", "fast_dtype", "mixed_precision"]
+__all__ = ["SMALL_MODEL", "clamp_to_range", "compute_dtype", "fast_dtype", "mixed_precision"]
 
 PROBE_ROWS, PROBE_WIDTH = 256, 512
-PROBE_REPEATS = 3
+PROBE_REPEATS = 5
 SMALL_MODEL = 100_000_000  # parameters up to which fp32 costs nobody anything
 FP16_LIMIT = torch.finfo(torch.float16).max  # 65504
 
@@ -48,12 +49,17 @@ def _fast_dtype(device_type: str) -> torch.dtype:
 def _probe_seconds(dtype: torch.dtype, rows: int = PROBE_ROWS, repeats: int = PROBE_REPEATS) -> float:
     x = torch.ones(rows, PROBE_WIDTH, dtype=dtype)
     weight = torch.ones(PROBE_WIDTH, PROBE_WIDTH, dtype=dtype)
-    F.linear(x, weight)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         F.linear(x, weight)
-        best = min(best, time.perf_counter() - start)
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return best
 
 

@@ -1,7 +1,8 @@
-"""Memory on the host for unpacked weights: in large pages, and lent again when it comes back.
+"""Memory on the host for what is large and soon let go: in large pages, and lent again when it comes back.
 
-A weight's numbers are needed for one product and let go. To be given 150 MB anew, zeroed page by page, takes the system
-as long as decoding them, so that the last block that came back is kept for the next taker until it is dropped.
+A weight's numbers are needed for one product, a layer's widest result for one block. To be given 150 MB anew, zeroed
+page by page, takes the system as long as decoding them, so that the largest blocks that came back are kept for the next
+takers until they are dropped: two, for a weight and the result that is made with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ Block = npt.NDArray[np.uint8]
 HUGE_PAGES = 1 << 22  # bytes from which NumPy asks Linux for huge pages; smaller memory is torch's own
 ALIGNMENT = 64  # bytes; where torch puts its own tensors
 MOST_WASTE = 2  # times as large as asked for that a block may be, for the taker may keep it
+MOST_SPARE = 2  # blocks that are kept
 LARGEST_SPARE = 1 << 29  # bytes that are kept at most; FLUX.1's largest matrix takes half of it in fp32
 
 
@@ -43,37 +45,45 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def drop_spare() -> None:
-    """Let go of the memory that is kept for the next taker."""
+    """Let go of the memory that is kept for the next takers."""
     _spare.drop()
 
 
 class _Spare:
-    """The one block that is not lent."""
+    """The blocks that are not lent, the smallest first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._block: Block | None = None
+        self._blocks: list[Block] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        with self._lock:
+            return sum(block.nbytes for block in self._blocks)
 
     def take(self, size: int) -> Block:
-        """The spare block if it is large enough and not far too large, else a new one."""
+        """The smallest spare block that is large enough and not far too large, else a new one."""
         with self._lock:
-            block = self._block
-            if block is not None and size <= block.nbytes <= MOST_WASTE * size:
-                self._block = None
-                return block
+            for place, block in enumerate(self._blocks):
+                if size <= block.nbytes <= MOST_WASTE * size:
+                    return self._blocks.pop(place)
         return np.empty(size, np.uint8)
 
     def give(self, block: Block) -> None:
-        """Keep the larger of a block that came back and the spare one."""
-        if block.nbytes > LARGEST_SPARE:
-            return
+        """Keep the largest of a block that came back and the spare ones, as far as they may be kept."""
         with self._lock:
-            if self._block is None or self._block.nbytes < block.nbytes:
-                self._block = block
+            left = LARGEST_SPARE
+            kept: list[Block] = []
+            for own in sorted((block, *self._blocks), key=len, reverse=True):
+                if len(kept) < MOST_SPARE and own.nbytes <= left:
+                    left -= own.nbytes
+                    kept.append(own)
+            self._blocks = kept[::-1]
 
     def drop(self) -> None:
         with self._lock:
-            self._block = None
+            self._blocks = []
 
 
 _spare = _Spare()

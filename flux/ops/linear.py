@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .host_memory import empty
+
 __all__ = ["linear"]
 
 PLAIN: tuple[str, list[float], str] = ("none", [], "")  # no activation behind the product
 CPU_INFO = Path("/proc/cpuinfo")
 INTEL = "GenuineIntel"
 SMALLEST = 256 * 256  # weights in a matrix from which on oneDNN's longer way to its kernel is paid back
+LARGE_RESULT = 32 << 20  # bytes; up to there glibc keeps what it has, if it is not told otherwise
 
 
 def _maker() -> str:
@@ -65,17 +68,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         Outputs (..., N).
     """
-    if _one_dnn is not None and _suits_one_dnn(x, weight):
-        return _one_dnn(x, weight, bias, *PLAIN)
+    if weight.device.type == "cpu" and weight.numel() >= SMALLEST and _is_plain(x, weight):
+        if _one_dnn is not None:
+            return _one_dnn(x, weight, bias, *PLAIN)
+        if x.numel() // x.shape[-1] * len(weight) * x.element_size() > LARGE_RESULT:
+            return _into_lent_memory(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _suits_one_dnn(x: Tensor, weight: Tensor) -> bool:
-    """Plain fp32 on a CPU, large enough, and nothing that wants to see torch's own function (which has a gradient)."""
+def _into_lent_memory(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    out = empty((len(rows), len(weight)), x.dtype, x.device)
+    if bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """fp32 on a CPU, and nothing that wants to see torch's own function (which has a gradient)."""
     return (
         weight.dtype == x.dtype == torch.float32
-        and weight.device.type == x.device.type == "cpu"
-        and weight.numel() >= SMALLEST
+        and x.device.type == "cpu"
         and x.shape[-1:] == weight.shape[1:]
         and x.numel() > 0
         and not torch.is_grad_enabled()

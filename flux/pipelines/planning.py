@@ -30,8 +30,9 @@ from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
+from ..weights.formats.floats import BF16
 from .modules import block_names, build_of, parameter_shapes
-from .parts import BoundPart, Part, packs_on, title_of
+from .parts import BoundPart, Part, packs_on, title_of, widens_at_use
 from .step_cache import CachedSteps, StepCache
 from .strips import Striped
 
@@ -114,13 +115,21 @@ class Planned:
         return title_of(self.spec)
 
 
-def planned_of_spec(spec: Any, dtype: torch.dtype, stored: torch.dtype = torch.bfloat16) -> Planned:
-    """A part of which no file is at hand, stored in plain numbers of a type."""
+def planned_of_spec(spec: Any, dtype: torch.dtype, device: torch.device | None = None) -> Planned:
+    """A part of which no file is at hand, stored in bf16.
+
+    Args:
+        spec: What it is.
+        dtype: Of its numbers where it runs.
+        device: Where that is; a GPU when None.
+    """
     module, shapes = _module(spec, dtype), parameter_shapes(spec)
     assert shapes is not None
-    sizes = {name: Size(math.prod(shape), (math.prod(shape) * stored.itemsize,)) for name, shape in shapes.items()}
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    sizes = {name: Size(count, (count * torch.bfloat16.itemsize,)) for name, count in counts.items()}
+    packs = device is not None and widens_at_use(sum(counts.values()), {BF16.name}, device, dtype)
     blocks = block_names(module)
-    return Planned(spec, Accounts(module, sizes, item=dtype.itemsize, keeps_packed=False, blocks=blocks), dtype)
+    return Planned(spec, Accounts(module, sizes, item=dtype.itemsize, keeps_packed=packs, blocks=blocks), dtype)
 
 
 def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, available: int) -> Planned:

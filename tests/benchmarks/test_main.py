@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.readme import TITLES
+from benchmarks.report import Report
 
-SLOW = ("fidelity", "decoding", "prompts", "guided", "transformer", "streaming", "planned", "step_cache", "compiled")
+SLOW = (
+    "fidelity", "decoding", "prompts", "guided", "transformer", "batches", "streaming", "planned", "step_cache",
+    "compiled",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +46,13 @@ def test_tables_that_are_kept_have_a_title_in_the_readme(capsys, tables):
     kept = {path.stem for path in tables.iterdir()}
     assert kept - {"environment"} <= set(TITLES)
     assert (tables / "fidelity.md").read_text() == "table of fidelity\n"
+
+
+def test_figures_are_kept_for_programs_too(capsys, tables, monkeypatch):
+    monkeypatch.setattr(benchmarks.transformer, "table", lambda *_: Report("some text", {"rows": [1]}))
+    printed(capsys, "--write")
+    assert (tables / "transformer.md").read_text() == "some text\n"
+    kept = json.loads((tables / "transformer.json").read_text())
+    assert kept["rows"] == [1]
+    assert "torch" in kept["environment"]
+    assert not (tables / "fidelity.json").exists()

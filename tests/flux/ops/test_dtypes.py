@@ -78,6 +78,18 @@ def test_the_probe_gives_seconds(dtype):
     assert 0 < dtypes._probe_seconds(dtype, rows=4, repeats=2) < 60
 
 
+def test_the_probe_runs_in_one_thread_and_gives_the_others_back(monkeypatch):
+    before, product, seen = torch.get_num_threads(), dtypes.F.linear, []
+    monkeypatch.setattr(dtypes.F, "linear", lambda *given: (seen.append(torch.get_num_threads()), product(*given)))
+    torch.set_num_threads(3)
+    try:
+        dtypes._probe_seconds(FP32, rows=4, repeats=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, FP32])
 def test_only_fp16_is_clamped_and_nan_stays(dtype):
     x = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0], dtype=dtype)

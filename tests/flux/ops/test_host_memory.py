@@ -24,8 +24,7 @@ def _nothing_spare():
 
 def spare_bytes():
     gc.collect()
-    block = host_memory._spare._block
-    return 0 if block is None else block.nbytes
+    return host_memory._spare.nbytes
 
 
 def test_memory_lies_where_torch_would_put_it():
@@ -72,12 +71,24 @@ def test_a_block_far_too_large_is_not_taken():
     assert spare_bytes() >= 16 * LARGE
 
 
-def test_the_larger_of_two_is_kept_and_no_more_than_a_limit(monkeypatch):
-    small, large = empty((LARGE,), torch.float32, CPU), empty((2 * LARGE,), torch.float32, CPU)
-    del large, small
-    assert spare_bytes() >= 8 * LARGE
+def test_the_smallest_that_suffices_is_lent():
+    held = [empty((count * LARGE,), torch.float32, CPU) for count in (3, 2)]
+    small = held[1].data_ptr()
+    held.clear()
+    assert empty((2 * LARGE,), torch.float32, CPU).data_ptr() == small
+
+
+def test_the_two_largest_are_kept_and_no_more_than_a_limit(monkeypatch):
+    held = [empty((count * LARGE,), torch.float32, CPU) for count in (1, 3, 2)]
+    held.clear()
+    assert 20 * LARGE <= spare_bytes() < 24 * LARGE
     drop_spare()
     assert spare_bytes() == 0
+    monkeypatch.setattr(host_memory, "LARGEST_SPARE", 10 * LARGE)
+    held = [empty((count * LARGE,), torch.float32, CPU) for count in (2, 2)]
+    held.clear()
+    assert 8 * LARGE <= spare_bytes() < 10 * LARGE
+    drop_spare()
     monkeypatch.setattr(host_memory, "LARGEST_SPARE", LARGE)
     memory = empty((LARGE,), torch.float32, CPU)
     del memory

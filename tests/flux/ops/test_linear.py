@@ -102,3 +102,46 @@ def test_torchs_own_serves_what_one_dnn_should_not_get(calls):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.randn(4, 256), torch.randn(512, 256)).dtype == torch.bfloat16
     assert calls == []
+
+
+@pytest.fixture
+def lent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of results that were put into lent memory, however small, with torch's own product."""
+    real, seen = module.empty, []
+
+    def recorded(shape: tuple[int, ...], *rest: object) -> torch.Tensor:
+        seen.append(shape)
+        return real(shape, *rest)
+
+    monkeypatch.setattr(module, "_one_dnn", None)
+    monkeypatch.setattr(module, "LARGE_RESULT", 0)
+    monkeypatch.setattr(module, "empty", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 3, 256), (1, 300, 256)])
+def test_large_results_are_the_same_in_lent_memory(lent, shape, bias):
+    layer, x = Linear(256, 512, bias=bias), torch.randn(shape)
+    with torch.inference_mode():
+        out, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+    assert lent == [(x.numel() // 256, 512)]
+    assert torch.equal(out, expected)
+
+
+def test_views_as_inputs_are_taken_in_their_order(lent):
+    wide, weight = torch.randn(2, 20, 1024), torch.randn(512, 256)
+    with torch.inference_mode():
+        out, expected = linear(wide[..., 512:768], weight), F.linear(wide[..., 512:768].contiguous(), weight)
+    assert len(lent) == 1
+    assert (out - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_only_large_results_outside_of_training_are(lent, monkeypatch):
+    layer, x = Linear(256, 512), torch.randn(4, 256)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    monkeypatch.setattr(module, "LARGE_RESULT", 4 * 512 * 4)
+    with torch.inference_mode():
+        layer(x)
+    assert lent == []

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from flux.errors import FileError, MismatchError
 from flux.models.redux import Redux
 from flux.models.vision.siglip import SiglipVision
+from flux.ops import dtypes
 from flux.pipelines import parts
 from flux.pipelines.describe import describe
-from flux.pipelines.parts import open_autoencoder, open_redux, open_t5, open_transformer, open_vision
+from flux.pipelines.parts import open_autoencoder, open_redux, open_t5, open_transformer, open_vision, widens_at_use
 from flux.specs.vision import REDUX_MINI, SIGLIP_MINI
 from tests.stored import suffix_of, write_stored
 from tests.tiny import write_module, write_tiny
@@ -23,6 +24,7 @@ LOST = {  # of the result, at most, by how the weights are stored
 }  # fmt: skip
 PREFIXES = {"vision": "image_encoder.", "redux": "image_embedder."}  # diffusers' names for both in a pipeline
 OPENERS = {"vision": open_vision, "redux": open_redux}
+LARGE = dtypes.SMALL_MODEL + 1  # parameters
 MODULES = {"vision": SiglipVision(SIGLIP_MINI), "redux": Redux(REDUX_MINI)}
 
 
@@ -38,6 +40,35 @@ def test_the_autoencoder_never_runs_in_fp16_unless_it_is_asked_to(tmp_path, monk
     assert open_autoencoder(files.autoencoder, device).dtype == autoencoder
     assert open_autoencoder(files.autoencoder, device, torch.float16).dtype == torch.float16
     assert open_transformer(files.transformer, device).dtype == open_t5(files.t5, device).dtype == fast
+
+
+@pytest.mark.parametrize(
+    ("parameters", "formats", "device", "dtype", "stays"),
+    [
+        (LARGE, {"BF16"}, "cpu", torch.float32, True),
+        (LARGE, {"BF16", "F32"}, "cpu", torch.float32, True),  # vectors of a GGUF file
+        (LARGE, {"F16"}, "cpu", torch.float32, True),
+        (LARGE - 1, {"BF16"}, "cpu", torch.float32, False),
+        (LARGE, {"F32"}, "cpu", torch.float32, False),
+        (LARGE, {"BF16"}, "cpu", torch.bfloat16, False),
+        (LARGE, {"BF16"}, "cuda", torch.float32, False),
+        (LARGE, {"BF16", "fp8_e4m3fn"}, "cpu", torch.float32, False),  # takes longer to unpack
+    ],
+)
+def test_sixteen_bits_are_widened_at_use_where_products_are_in_fp32(parameters, formats, device, dtype, stays):
+    assert widens_at_use(parameters, formats, torch.device(device), dtype) == stays
+
+
+def test_a_large_file_of_bf16_takes_what_it_takes_on_disk(tmp_path, monkeypatch):
+    path = write_tiny(tmp_path).transformer
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    small = open_transformer(path, CPU, torch.float32).residency
+    monkeypatch.setattr(parts, "SMALL_MODEL", 0)
+    large = open_transformer(path, CPU, torch.float32).residency
+    assert not small.accounts.packable
+    matrices = [name for name, own in large.module.named_parameters() if own.dim() > 1]
+    assert large.accounts.packable == set(matrices)
+    assert large.load() < 0.51 * small.load()
 
 
 @pytest.fixture(scope="module")

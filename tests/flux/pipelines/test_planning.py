@@ -52,6 +52,14 @@ def test_flux1_dev_keeps_what_is_not_modulation(parts):
     assert (stage.streamed_bytes, stage.ring_bytes) == (0, 0)
 
 
+def test_a_cpu_without_units_for_bf16_keeps_it_as_it_is_stored():
+    on_cpu = planned_of_spec(FLUX1["flux1-dev"], torch.float32, torch.device("cpu"))
+    [stage] = plan_run([on_cpu], SQUARE, read_policy("keep"), device="cpu", available=80 * GIB).stages
+    assert stage.resident_bytes / GIGA == pytest.approx(17.31, abs=0.02)  # biases are widened
+    [stage] = plan([planned_of_spec(FLUX1["flux1-dev"], torch.float32)]).stages
+    assert stage.resident_bytes / GIGA == pytest.approx(2 * 17.31, abs=0.02)
+
+
 def test_stages_come_in_the_order_in_which_they_run(parts):
     whole = plan(parts, job=replace(SQUARE, starts=True, views=1))
     assert [stage.name for stage in whole.stages] == ["clip", "t5", "vision", "encode", "transformer", "decode"]
