@@ -57,8 +57,8 @@ def job_of_latent(samples: Tensor) -> Job:
 @contextmanager
 def noted_autoencoder(vae: Any, stage: str, job: Job) -> Iterator[None]:
     """Note what encoding or decoding takes inside the block."""
-    weights = Whole(comfy.model_management.module_size(vae.first_stage_model))
-    with noted(stage, title_of(vae.spec), vae.device, weights, planned_vae(vae), job) as meter:
+    title = title_of(vae.spec)
+    with noted(stage, title, vae.device, Loaded(vae.patcher), planned_vae(vae), job) as meter:
         yield
         meter.tick()
 
