@@ -58,16 +58,18 @@ SHARE_FOR_NUMBERS = 0.5  # of the memory that is left, which unpacked weights ma
 
 
 class Part(Generic[Spec, Module]):
-    """A spec, its module on the meta device, the weights' residency, and the files that they come from."""
+    """A spec, its module on the meta device, the weights' residency, and the files that they come from, if from any."""
 
-    def __init__(self, spec: Spec, module: Module, residency: Residency, given: Given, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, spec: Spec, module: Module, residency: Residency, given: Given, checkpoint: Checkpoint | None = None
+    ) -> None:
         self.spec, self.module, self.residency, self.given = spec, module, residency, given
         self._checkpoint, self._use = checkpoint, threading.Lock()
 
     @property
     def stamps(self) -> Mapping[Path, FileStamp]:
         """The files, as they were when they were opened."""
-        return self._checkpoint.stamps
+        return {} if self._checkpoint is None else self._checkpoint.stamps
 
     @property
     def path(self) -> Path:
@@ -108,7 +110,7 @@ class Part(Generic[Spec, Module]):
                 f"{self.path.name} is in use by another run; wait until that is over, or open the model a second time"
             )
         try:
-            with self._checkpoint.held() as check, _checked(self.module, self.device, check):
+            with self._held():
                 try:
                     load_what_fits(self.residency, without, watch, limit, tell)
                     yield self.module
@@ -120,6 +122,15 @@ class Part(Generic[Spec, Module]):
             raise
         finally:
             self._use.release()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Have the files stay as they are, and checked, inside the block."""
+        if self._checkpoint is None:
+            yield
+            return
+        with self._checkpoint.held() as check, _checked(self.module, self.device, check):
+            yield
 
     def metered(self, meter: Meter | NoMeter, stage: str) -> AbstractContextManager[None]:
         """Have a meter note what a stage takes that runs with this part."""
