@@ -79,8 +79,8 @@ class _Model:
         whole = self.part.residency.accounts.footprint(apart)
         limit = None if case.share == 1 else int(whole.others + case.share * (whole.device_bytes - whole.others))
         self.part.residency.load(without=apart, limit=limit)
-        inputs = make_inputs(MIDDLE, torch.float32)
-        self._step = self._of(inputs.text, inputs.pooled, (ROWS, COLUMNS), 0)
+        inputs = make_inputs(MIDDLE)
+        self._step = self._of(inputs["text"], inputs["pooled"], (ROWS, COLUMNS), 0)
 
     def _of(self, text: Tensor, pooled: Tensor, size: tuple[int, int], seed: int) -> Callable[[], Tensor]:
         flow = Denoiser(Engine(self.part), EncodedPrompt(text, pooled), GUIDANCE, Hooks())

@@ -18,8 +18,8 @@ class Compile(io.ComfyNode):
             node_id="FluxFoundryCompile",
             display_name="FLUX Compile",
             category=f"{ROOT}/model",
-            description="Compiles the model's blocks: the first step takes a minute longer, every further one less. "
-            "Other prompts, seeds, LoRAs and strengths compile nothing anew.",
+            description="Compiles the model's blocks with torch.compile, when they first run. Other prompts, seeds, "
+            "LoRAs and strengths compile nothing anew. Meant for GPUs: on a CPU steps hardly get faster.",
             search_aliases=["torch.compile", "inductor", "triton", "speed", "faster"],
             inputs=[
                 io.Model.Input(

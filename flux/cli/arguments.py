@@ -248,7 +248,8 @@ def _add_model(group: Group, models: str) -> None:
     )  # fmt: skip
     group.add_argument(
         "--compile", action="store_true",
-        help="compile the transformer's blocks first, which takes a minute and makes every step faster",
+        help="compile the transformer's blocks first, once for all pictures; meant for GPUs, for on a CPU steps hardly "
+        "get faster",
     )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ class Request:
         memory: How much the run may take; see ``memory.policy``. Pictures are the same under any.
         step_cache: When steps that change little may be skipped; None for never.
         attention: What computes the transformer's attention: one of ``ops.attention_backends.CHOICES``.
-        compiled: Whether its blocks run compiled, which pays where many pictures are drawn; see ``compiled``.
+        compiled: Whether its blocks run compiled; see the module ``compiled``.
     """
 
     prompt: str

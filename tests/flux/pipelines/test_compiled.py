@@ -17,8 +17,10 @@ from flux.pipelines.compiled import compiled_blocks
 from flux.pipelines.denoising import Guidance, Hooks, denoise
 from flux.pipelines.parts import open_transformer
 from flux.pipelines.prompts import EncodedPrompt
+from flux.pipelines.step_cache import CachedSteps, StepCache
 from flux.pipelines.text_to_image import Request, generate
 from flux.sampling.noise import draw_noise
+from flux.sampling.schedules import flux_schedule
 from tests.guides import CELLS, CLOSE, NEGATIVE, PROMPT, SIGMAS, lora, make_lora, reference, style
 from tests.oracles import relative_error, rows
 from tests.stored import suffix_of, write_stored
@@ -161,6 +163,21 @@ def test_batches_second_passes_references_and_styles_give_the_same_bits(path, co
     ):
         assert torch.equal(run(part, **settings, compiled=True), run(part, **settings)), settings
     assert counting.graphs == 2 * KINDS  # those of one picture, and those of two
+
+
+@pytest.mark.usefixtures("same_products")
+def test_steps_that_are_skipped_are_the_same_ones(path, counting):
+    part, sigmas = opened(path), flux_schedule(12, 0.6)
+    drawn, skipped = [], []
+    for is_compiled in (False, True):
+        cached = CachedSteps(StepCache(threshold=1.0, warmup=2), sigmas)
+        start = draw_noise((DEEP.latent_channels, *CELLS), [1])
+        drawn.append(denoise(part, PROMPT, start, sigmas, guidance=3.0, cached=cached, compiled=is_compiled))
+        skipped.append(cached.skipped)
+    assert torch.equal(*drawn)
+    assert skipped[0] == skipped[1]
+    assert skipped[0].blocks > 0
+    assert counting.graphs == KINDS
 
 
 def test_uncompiled_blocks_are_near_for_all_that_they_lay_out_otherwise(path, counting):
