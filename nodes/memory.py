@@ -56,6 +56,17 @@ class MemoryPlan(io.ComfyNode):
                     tooltip="What will guide the run: references and Redux's tokens in it take memory and time, too.",
                 ),
                 io.Latent.Input("latent", optional=True, tooltip="Its size and number, in place of the above."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    optional=True,
+                    tooltip="The sampler's. With any but 1 ComfyUI runs the negative prompt beside the other one, "
+                    "which takes twice as much at once.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The plan as lines of text."),
@@ -82,6 +93,7 @@ class MemoryPlan(io.ComfyNode):
         clip_vision: Any = None,
         conditioning: Any = None,
         latent: dict[str, Any] | None = None,
+        cfg: float = 1.0,
     ) -> io.NodeOutput:
         from .bridge.planning import job_of, parts_of, plan_graph, shown
         from .bridge.progress import show
@@ -92,7 +104,8 @@ class MemoryPlan(io.ComfyNode):
             width, height = columns * cell, rows * cell
         granted = None if memory == AS_LOADED else policy(memory, budget)
         parts = parts_of(model, clip, vae, clip_vision, granted)
-        job = job_of(model, (width, height), batch_size, steps, conditioning, clip_vision is not None)
+        sees, both = clip_vision is not None, cfg != 1.0
+        job = job_of(model, (width, height), batch_size, steps, conditioning, sees=sees, both=both)
         text, plan = plan_graph(parts, job, granted, model.load_device)
         picture = shown(plan)
         show(_sentences(text))

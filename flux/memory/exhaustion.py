@@ -19,6 +19,8 @@ Tell = Callable[[str], None]
 WORDS = (  # torch's, where the host's memory ran out, and where a driver had none for something beside tensors
     "can't allocate memory",
     "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
 )
 SHARE_THAT_STAYS = 0.5  # of the blocks that stay, each time that memory runs out
 

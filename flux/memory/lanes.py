@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Arrival", "CpuLane", "CudaLane", "Departure", "Lane", "lane_for"]
+__all__ = ["Arrival", "CpuLane", "CudaLane", "Departure", "Lane", "Mark", "lane_for"]
 
+MILLI = 1000  # of a second
 Read = Callable[[Tensor], None]  # writes bytes into memory (n,) of the host
 
 
@@ -32,6 +33,13 @@ class Departure(Protocol):
         """Have what is brought from now on not disturb that block. Called by the thread that reads."""
 
 
+class Mark(Protocol):
+    """A moment of what is computed."""
+
+    def seconds_to(self, other: Any) -> float:
+        """From this one to a later one of the same lane; waits for it."""
+
+
 class Lane(Protocol):
     """The way to one device."""
 
@@ -46,6 +54,9 @@ class Lane(Protocol):
 
     def leave(self) -> Departure:
         """Note that a block has been set going. Called by the thread that computes."""
+
+    def mark(self) -> Mark | None:
+        """The moment at which what is computed has come so far; None where that is now."""
 
     def close(self) -> None:
         """Let go of everything, once all that is under way has come."""
@@ -73,6 +84,9 @@ class CpuLane:
     def leave(self) -> Departure:
         """See ``Lane``."""
         return _Here()
+
+    def mark(self) -> None:
+        """See ``Lane``."""
 
     def close(self) -> None:
         """See ``Lane``."""
@@ -136,6 +150,19 @@ def _pinned(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
+class _TimedMoment:
+    """A moment of the stream that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(device))
+
+    def seconds_to(self, other: _TimedMoment) -> float:
+        """See ``Mark``."""
+        other._event.synchronize()
+        return float(self._event.elapsed_time(other._event)) / MILLI
+
+
 class CudaLane:
     """To a GPU, through two pieces of pinned memory: one is filled while the other travels.
 
@@ -178,6 +205,10 @@ class CudaLane:
     def leave(self) -> Departure:
         """See ``Lane``."""
         return _Moment(torch.cuda.current_stream(self.device), lambda: self._stream)
+
+    def mark(self) -> Mark:
+        """See ``Lane``: on a GPU what is computed lags behind the thread that set it going."""
+        return _TimedMoment(self.device)
 
     def close(self) -> None:
         """See ``Lane``."""

@@ -17,10 +17,15 @@ DRIVER_WORDS = (
     "CUBLAS_STATUS_EXECUTION_FAILED",
 )
 
+# Of errors that tell of what was asked for, and not of the device.
+OTHERWISE = ("no kernel image", "NOT_SUPPORTED", "invalid argument", "invalid configuration", "invalid device ordinal")
+
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error says that a device, or its driver, failed in what it was given to do."""
     if is_exhausted(error) or not isinstance(error, RuntimeError):
+        return False
+    if any(word in str(error) for word in OTHERWISE):
         return False
     return isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in DRIVER_WORDS)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from .exhaustion import is_exhausted
 from .plan import Rates
 
 __all__ = ["measure_rates"]
@@ -19,8 +20,20 @@ REPEATS = 3
 
 
 @functools.lru_cache(8)
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure once what a device does in a second: products in a dtype, and bytes that come from memory of the host."""
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """Measure once what a device does in a second: products in a dtype, and bytes that come from memory of the host.
+
+    None where a device has no memory left for that.
+    """
+    try:
+        return _measured(device, dtype)
+    except RuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        return None
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> Rates:
     side = SIDE.get(device.type, LARGE_SIDE)
     x = torch.ones(side, side, dtype=dtype, device=device)
     source = torch.ones(COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ops.packed import PackedWeight
 from .accounts import Sized, aligned, buffer_bytes
-from .lanes import Arrival, Departure, Lane
+from .lanes import Arrival, Departure, Lane, Mark
 from .spread import SLOTS
 
 __all__ = ["StoredWeight", "Streamer", "Unit"]
@@ -131,14 +131,14 @@ class Streamer:
         clock: Seconds.
 
     Attributes:
-        waited: Seconds that blocks waited for their weights.
         brought: Bytes that were brought so far.
     """
 
     def __init__(
         self, units: Sequence[Unit], lane: Lane, *, slots: int = SLOTS, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.waited, self.brought = 0.0, 0
+        self.brought, self._waited = 0, 0.0
+        self._stalls: list[tuple[Mark, Mark | None]] = []
         self._lane, self._clock = lane, clock
         self._layouts = [_Layout(unit) for unit in units]
         self._order = {unit.place: index for index, unit in enumerate(units)}
@@ -151,7 +151,7 @@ class Streamer:
         self._next = 0
         try:
             for slot in range(len(self._buffers)):
-                self._request(slot, None)
+                self._request(slot, lane.leave())  # what was freed for the buffers may still be read from
         except BaseException:  # there is no thread for it
             self.close()
             raise
@@ -160,6 +160,14 @@ class Streamer:
     def ring_bytes(self) -> int:
         """Of all buffers."""
         return sum(buffer.numel() for buffer in self._buffers)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that blocks stood still because their weights were not there yet."""
+        while self._stalls:
+            began, ended = self._stalls.pop()
+            self._waited += began.seconds_to(ended)
+        return self._waited
 
     def before(self, place: int) -> None:
         """Have the weights of the block at ``place`` there, if it is streamed; called before it runs.
@@ -177,9 +185,16 @@ class Streamer:
         if self._coming[0].layout is not self._layouts[index]:
             self._begin_again(index)
         coming = self._coming.popleft()
-        began = self._clock()
-        coming.arrival.result().wait()
-        self.waited += self._clock() - began
+        began, mark = self._clock(), self._lane.mark()
+        try:
+            coming.arrival.result().wait()
+        except BaseException:
+            self._coming.appendleft(self._asked_for(coming.layout, coming.slot, coming.after))  # for another try
+            raise
+        if mark is None:
+            self._waited += self._clock() - began
+        else:
+            self._stalls.append((mark, self._lane.mark()))
         self.brought += coming.layout.size
         coming.layout.bind(self._weights(coming))
         self._running = coming.layout, coming.slot
@@ -220,8 +235,10 @@ class Streamer:
     def _request(self, slot: int, after: Departure | None) -> None:
         layout = self._layouts[self._next]
         self._next = (self._next + 1) % len(self._layouts)
-        arrival = self._reader.submit(self._bring, slot, layout, after)
-        self._coming.append(_Coming(layout, slot, after, arrival))
+        self._coming.append(self._asked_for(layout, slot, after))
+
+    def _asked_for(self, layout: _Layout, slot: int, after: Departure | None) -> _Coming:
+        return _Coming(layout, slot, after, self._reader.submit(self._bring, slot, layout, after))
 
     @torch.inference_mode()  # as buffers may have been made in, by a thread in whose runs no gradients flow
     def _bring(self, slot: int, layout: _Layout, after: Departure | None) -> Arrival:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ Tell = Callable[[str], None]
 Result = TypeVar("Result", bound=Tensor)
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+NOT_OURS = ("out of memory", "ALLOC_FAILED", "CUDA error", "HIP error")  # of faults that another kernel would meet too
 
 
 @dataclass(frozen=True)
@@ -196,10 +198,21 @@ class Attention:
         try:
             return self._kernel(q, k, v, bias, scale=scale)
         except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
-            if self.is_plain or isinstance(error, torch.OutOfMemoryError):
+            others_fault = any(word in str(error) for word in NOT_OURS)
+            if self.is_plain or others_fault or isinstance(error, torch.OutOfMemoryError):
                 raise
             self.leave(f"failed ({' '.join(str(error).split()) or type(error).__name__})")
         return attention(q, k, v, bias, scale=scale)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Use torch's own inside the block."""
+        before = self.backend, self._kernel
+        self.backend, self._kernel = PLAIN, attention
+        try:
+            yield
+        finally:
+            self.backend, self._kernel = before
 
     def leave(self, fault: str) -> None:
         """Use torch's own from here on, and tell; ``fault`` is what the chosen one did."""
@@ -263,6 +276,8 @@ def _loaded(name: str) -> tuple[Kernel | None, str]:
 def until_finite(kernels: Iterable[Any], compute: Callable[[], Result]) -> Result:
     """What ``compute`` gives; where that is not finite, once more with torch's own attention in the place of others.
 
+    Others are given up only where torch's own does better: else the fault is the model's.
+
     Args:
         kernels: What ``compute`` uses; those that are no ``Attention`` are left alone.
         compute: Can be called again.
@@ -271,6 +286,11 @@ def until_finite(kernels: Iterable[Any], compute: Callable[[], Result]) -> Resul
     others = [own for own in kernels if isinstance(own, Attention) and not own.is_plain]
     if not others or bool(torch.isfinite(out).all()):
         return out
-    for own in others:
-        own.leave("gave numbers that are not finite")
-    return compute()
+    with ExitStack() as held:
+        for own in others:
+            held.enter_context(own.set_aside())
+        again = compute()
+    if bool(torch.isfinite(again).all()):
+        for own in others:
+            own.leave("gave numbers that are not finite")
+    return again

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -50,40 +51,57 @@ def drop_spare() -> None:
 
 
 class _Spare:
-    """The blocks that are not lent, the smallest first."""
+    """The blocks that are not lent, the smallest first.
+
+    Blocks come back when objects are destroyed, which may be in the middle of any line of this class: whoever has the
+    lock then takes in what came back meanwhile.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: list[Block] = []
+        self._back: deque[Block] = deque()
 
     @property
     def nbytes(self) -> int:
         """Of all of them."""
         with self._lock:
+            self._settle()
             return sum(block.nbytes for block in self._blocks)
 
     def take(self, size: int) -> Block:
         """The smallest spare block that is large enough and not far too large, else a new one."""
         with self._lock:
+            self._settle()
             for place, block in enumerate(self._blocks):
                 if size <= block.nbytes <= MOST_WASTE * size:
                     return self._blocks.pop(place)
         return np.empty(size, np.uint8)
 
     def give(self, block: Block) -> None:
-        """Keep the largest of a block that came back and the spare ones, as far as they may be kept."""
+        """Take a block back. Never waits, for it may be called while this very thread holds the lock."""
+        self._back.append(block)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def drop(self) -> None:
         with self._lock:
+            self._back.clear()
+            self._blocks = []
+
+    def _settle(self) -> None:
+        """Keep the largest of the blocks that came back and the spare ones, as far as they may be kept."""
+        while self._back:
             left = LARGEST_SPARE
             kept: list[Block] = []
-            for own in sorted((block, *self._blocks), key=len, reverse=True):
+            for own in sorted((self._back.popleft(), *self._blocks), key=len, reverse=True):
                 if len(kept) < MOST_SPARE and own.nbytes <= left:
                     left -= own.nbytes
                     kept.append(own)
             self._blocks = kept[::-1]
-
-    def drop(self) -> None:
-        with self._lock:
-            self._blocks = []
 
 
 _spare = _Spare()

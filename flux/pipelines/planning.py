@@ -54,6 +54,7 @@ PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
 PACKED_PER_THREAD = 17 << 20  # bytes; ``benchmarks.planned`` found 33 to 39 MiB with two threads, in every case alike
 LARGE_STORED = 50 << 20  # bytes of weights, from which on matrices are large enough for that
 IN_STRIPS = {"decode": 2.0, "encode": 1.5}  # times the operations: what stands before norms is computed again
+PER_PIXEL = 4096  # bytes, more than an autoencoder or a step of a transformer takes: FLUX.1's takes 3072 in fp32
 PLENTY = 0.25  # of free memory: the rest is far more than a run's activations
 LONG = torch.int64
 
@@ -178,7 +179,7 @@ def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> Grant:
     """
     device = parts[0].device
     available = available_bytes(device)
-    if policy.name == KEEP or (policy.name == AUTO and _is_plenty(parts, available)):
+    if policy.name == KEEP or (policy.name == AUTO and _is_plenty(parts, job, available)):
         return Grant()
     planned = [planned_of_part(part) for part in parts]
     plan = plan_run(planned, job, policy, device=str(device), available=available)
@@ -188,9 +189,11 @@ def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> Grant:
     )
 
 
-def _is_plenty(parts: Sequence[Part[Any, Any]], available: int) -> bool:
-    """Whether there is no need to look closer: weights take a small share of what is free."""
-    return max(part.residency.accounts.footprint().device_bytes for part in parts) <= PLENTY * available
+def _is_plenty(parts: Sequence[Part[Any, Any]], job: Job, available: int) -> bool:
+    """Whether there is no need to look closer: a run takes a small share of what is free."""
+    pixels = job.batch * job.width * job.height + sum(width * height for width, height in job.references)
+    weights = max(part.residency.accounts.footprint().device_bytes for part in parts)
+    return weights + PER_PIXEL * pixels <= PLENTY * available
 
 
 def plan_run(
@@ -228,7 +231,7 @@ def plan_run(
 
 
 def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = None, *, in_strips: bool = False) -> int:
-    """Bytes of activations that a part takes at once.
+    """Bytes that a part takes at once beside its weights: activations, and the table of a transformer's modulations.
 
     Args:
         spec: Of the part.
@@ -240,7 +243,7 @@ def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = N
     only = "vision" if isinstance(spec, SiglipSpec) else ALONE.get(type(spec))
     wanted = stage or only
     assert wanted is not None
-    return _work(spec, wanted, dtype, job, in_strips=in_strips).peak
+    return _work(spec, wanted, dtype, job, in_strips=in_strips).peak + _table_bytes(spec, dtype, job)
 
 
 def _or_too_little(plan: Callable[..., StagePlan], part: Planned, name: str) -> StagePlan | BudgetError:
@@ -265,7 +268,7 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     apart = _comes_once(part.spec) if part.apart is None else part.apart
     accounts = part.accounts
     whole, least = accounts.footprint(apart), accounts.footprint(apart, 0)
-    table = _table_bytes(part, job) + _cache_bytes(part, job)
+    table = _table_bytes(part.spec, part.dtype, job) + _cache_bytes(part, job)
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
     packed = max(once, accounts.unpacked_bytes(accounts.packable))
@@ -314,12 +317,12 @@ def _comes_once(spec: Any) -> tuple[str, ...]:
     return tuple(_module(spec, torch.float32).modulation_layers()) if isinstance(spec, Flux1Spec) else ()
 
 
-def _table_bytes(part: Planned, job: Job) -> int:
+def _table_bytes(spec: Any, dtype: torch.dtype, job: Job) -> int:
     """Of the modulations of every step."""
-    if not isinstance(part.spec, Flux1Spec):
+    if not isinstance(spec, Flux1Spec):
         return 0
-    layers = _module(part.spec, torch.float32).modulation_layers().values()
-    return job.steps * job.prompts * part.dtype.itemsize * sum(int(layer.out_features) for layer in layers)
+    layers = _module(spec, torch.float32).modulation_layers().values()
+    return job.steps * job.prompts * dtype.itemsize * sum(int(layer.out_features) for layer in layers)
 
 
 def _cache_bytes(part: Planned, job: Job) -> int:

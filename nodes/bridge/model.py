@@ -18,6 +18,7 @@ import comfy.supported_models
 from torch import Tensor
 
 from ...flux.errors import FluxFoundryError, MismatchError
+from ...flux.memory.exhaustion import is_exhausted
 from ...flux.memory.policy import Policy
 from ...flux.mini.files import MINI as MINI_FILES
 from ...flux.pipelines.planning import Job, working_bytes
@@ -38,8 +39,8 @@ from .packed import PackedLinear, pack_layers, packed_state
 from .pictures import taken_by
 from .preflight import check_together, files_of
 from .references import VIEWS, ReferenceViews, as_bias, views_of
-from .residents import FoundryPatcher, Residents, residents_of, under_policy
-from .transformer import WRAPPERS, HostFlux1, host_config, sample_with_table
+from .residents import FoundryPatcher, Residents, give_way, residents_of, under_policy
+from .transformer import AHEAD, WRAPPERS, HostFlux1, host_config, sample_with_table
 from .weights import HOSTS, HostLayers, Numbers, choose_numbers, open_weights
 
 __all__ = ["FoundryFlux", "load_model", "spec_of"]
@@ -89,6 +90,21 @@ class FoundryFlux(comfy.model_base.Flux):
 
     def _packed_layers(self) -> Iterator[PackedLinear]:
         return (layer for layer in self.diffusion_model.modules() if isinstance(layer, PackedLinear))
+
+    def _apply_model(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's step; repeated with fewer weights on the device where memory runs out in it."""
+        while True:
+            try:
+                out: Tensor = super()._apply_model(*args, **kwargs)
+            except Exception as error:
+                if not is_exhausted(error):
+                    raise
+                fault = error
+            else:
+                return out
+            # Outside of the handler, which holds what the failed step had made.
+            fault.__traceback__ = None
+            give_way(self.current_patcher, fault)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """The inputs of the denoiser for an entry of a CONDITIONING, made by the model that predicts it.
@@ -184,7 +200,7 @@ def load_model(
 
 
 def job_of(shape: Sequence[int], conds: Mapping[str, Any] | None) -> Job:
-    """What the host is about to sample, as memory goes.
+    """What the host is about to sample, as memory goes; with as many steps as a table of modulations holds at most.
 
     Args:
         shape: Of the latents, in all that run at once.
@@ -194,7 +210,7 @@ def job_of(shape: Sequence[int], conds: Mapping[str, Any] | None) -> Job:
     cells = sum(math.prod(own) // LATENT_CHANNELS for own in (conds or {}).get("ref_latents", ()))
     tokens = -(-cells // PATCH**2)
     return Job(
-        width=columns * CELL, height=rows * CELL, batch=batch,
+        width=columns * CELL, height=rows * CELL, batch=batch, steps=AHEAD,
         references=((tokens * PATCH * CELL, PATCH * CELL),) if tokens else (),
     )  # fmt: skip
 

@@ -123,8 +123,13 @@ def _of_file(given: Given, dtype: torch.dtype, stored: torch.dtype, policy: Poli
     return Planned(spec, _accounts(given.path, kind, spec.name, dtype, packed=True), dtype, policy)
 
 
-@functools.lru_cache(16)
 def _accounts(path: Path, kind: str, variant: str, dtype: torch.dtype, *, packed: bool) -> Accounts:
+    """Of one part of a file as it is now."""
+    return _accounts_of(path, path.stat().st_mtime_ns, kind, variant, dtype, packed=packed)
+
+
+@functools.lru_cache(16)
+def _accounts_of(path: Path, _: int, kind: str, variant: str, dtype: torch.dtype, *, packed: bool) -> Accounts:
     bound = bind_part(path, kind, variant if kind == "transformer" else None)
     blocks = block_names(bound.module)
     return Accounts(bound.module, bound.bindings, item=dtype.itemsize, keeps_packed=packed, blocks=blocks)
@@ -151,7 +156,14 @@ def parts_of(model: Any, clip: Any, vae: Any, tower: Any, policy: Policy | None)
 
 
 def job_of(
-    model: Any, size: tuple[int, int], batch: int, steps: int, conditioning: Sequence[Any] | None, sees: bool
+    model: Any,
+    size: tuple[int, int],
+    batch: int,
+    steps: int,
+    conditioning: Sequence[Any] | None,
+    *,
+    sees: bool,
+    both: bool,
 ) -> Job:
     """What a graph will draw.
 
@@ -162,14 +174,15 @@ def job_of(
         steps: Of the schedule.
         conditioning: What guides the run, of which references and further text tokens take room.
         sees: Whether a vision tower looks at a picture.
+        both: Whether a negative prompt runs beside, for which the host takes twice as much at once.
     """
     width, height = (round_size(side) for side in size)
     entries = [extra for _, extra in conditioning or ()]
     length = max((text.shape[1] for text, _ in conditioning or ()), default=0)
     references = references_of(entries)
     return Job(
-        width=width, height=height, batch=batch, steps=steps, references=references, views=int(sees),
-        styles=max(0, length - model.model.spec.t5_length), starts=bool(references),
+        width=width, height=height, batch=2 * batch if both else batch, steps=steps, references=references,
+        views=int(sees), styles=max(0, length - model.model.spec.t5_length), starts=bool(references),
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from .references import VIEWS, joint_bias, positions, reference_tokens
 from .step_cache import evaluation_of, settle
 from .weights import HostLayers
 
-__all__ = ["HostFlux1", "ModulationTable", "host_config", "sample_with_table"]
+__all__ = ["AHEAD", "HostFlux1", "ModulationTable", "host_config", "sample_with_table"]
 
 AHEAD = 64  # times, which take 2 MB each for FLUX.1 [dev] in bf16
 WRAPPERS = comfy.patcher_extension.WrappersMP

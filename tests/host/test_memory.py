@@ -273,3 +273,12 @@ def test_free_lets_go_of_everything(host: Host) -> None:
     time.sleep(2)  # the server looks at its flags about once a second
     again = {**start(), "a": our_sampler(steps=1, seed=501), "out": node("ProbeThreads", latent=["a", 0])}
     assert host.succeed(again).report()["readers"] == 0
+
+
+@pytest.mark.parametrize("policy", ["keep", "balance"])
+def test_a_step_that_memory_runs_out_in_is_repeated_with_fewer_blocks_in_it(host: Host, policy: str) -> None:
+    report = host.succeed({**load(memory=policy), "out": node("ProbeRunsOut", model=["model", 0])}).report()
+    assert report["equal"]
+    assert report["streamed_after"] > report["streamed_before"]
+    assert report["gave_up"]  # once nothing is left that could leave
+    assert report["afterwards"]

@@ -81,7 +81,7 @@ CONTRACT = {
     "FluxFoundryMemoryPlan": (
         [
             "model", "width", "height", "batch_size", "steps", "memory", "budget", "clip", "vae", "clip_vision",
-            "conditioning", "latent",
+            "conditioning", "latent", "cfg",
         ],
         ["String", "Image", "Float"],
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -281,3 +282,39 @@ def test_buffers_that_were_made_in_inference_mode_can_be_brought_to():
         streamer = Streamer(blocks.units, blocks.lane)
         assert blocks.run(streamer) == list(range(COUNT))
         streamer.close()
+
+
+def test_reads_that_fail_again_and_again_leave_the_ring_as_it_was():
+    blocks = Blocks()
+    streamer = Streamer(blocks.units, blocks.lane)
+    assert blocks.run(streamer) == list(range(COUNT))
+    for weight in blocks.weights.values():
+        weight.gone = True
+    for _ in range(5):
+        with pytest.raises(FileError):
+            blocks.run(streamer)
+    for weight in blocks.weights.values():
+        weight.gone = False
+    for _ in range(2):  # reads that were asked for while they failed
+        with contextlib.suppress(FileError):
+            blocks.run(streamer)
+    assert blocks.run(streamer) == list(range(COUNT))
+    streamer.close()
+
+
+def test_what_is_computed_late_tells_by_marks_how_long_it_stood_still():
+    class Moment:
+        def __init__(self, at):
+            self.at = at
+
+        def seconds_to(self, other):
+            return other.at - self.at
+
+    blocks = Blocks()
+    moments = iter(range(1000))
+    blocks.lane.mark = lambda: Moment(next(moments))
+    streamer = Streamer(blocks.units, blocks.lane)
+    blocks.run(streamer)
+    assert streamer.waited == COUNT  # one between the two marks of each block
+    assert streamer.waited == COUNT
+    streamer.close()

@@ -219,6 +219,15 @@ def test_what_is_finite_is_computed_once_and_with_torchs_own_nothing_is_looked_a
     assert len(made) == 2
 
 
+def test_numbers_that_torchs_own_makes_no_better_are_the_models_fault():
+    own, told = injected(attention), []
+    own._tell = told.append
+    bad = torch.full((2,), torch.nan)
+    assert until_finite([own], lambda: bad) is bad
+    assert not own.is_plain
+    assert told == []
+
+
 # In a run.
 
 

@@ -93,3 +93,23 @@ def test_the_two_largest_are_kept_and_no_more_than_a_limit(monkeypatch):
     memory = empty((LARGE,), torch.float32, CPU)
     del memory
     assert spare_bytes() == 0
+
+
+def test_memory_that_comes_back_while_the_lock_is_held_is_taken_in_later():
+    """As when the garbage collector runs in the middle of ``take``: whoever waited there would wait for itself."""
+    lent = empty((LARGE,), torch.float32, CPU)
+    with host_memory._spare._lock:
+        del lent
+        gc.collect()
+    assert host_memory._spare.nbytes >= LARGE
+
+
+def test_garbage_in_cycles_does_not_stop_a_thread_for_ever():
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for _ in range(200):
+            cycle = [empty((LARGE,), torch.float32, CPU)]
+            cycle.append(cycle)
+    finally:
+        gc.set_threshold(*before)

@@ -10,8 +10,9 @@ import torch
 
 from flux.errors import UserError
 from flux.memory.plan import Rates
-from flux.memory.policy import GIB, read_policy
-from flux.pipelines.planning import Job, plan_run, planned_of_spec
+from flux.memory.policy import GIB, Policy, read_policy
+from flux.mini.files import open_mini
+from flux.pipelines.planning import Job, grant, plan_run, planned_of_spec
 from flux.specs.autoencoder import AUTOENCODERS
 from flux.specs.flux1 import FLUX1
 from flux.specs.text import CLIP_L, T5_XXL
@@ -139,3 +140,11 @@ def test_pictures_are_decoded_in_strips_where_one_piece_is_too_much(parts):
     assert striped.peak_bytes <= 2.5 * GIB < 3 * GIB < whole.peak_bytes
     assert not plan(parts, "3").stage("decode").in_strips
     assert plan(parts, "3").stage("transformer").peak_bytes <= 3 * GIB
+
+
+def test_a_picture_that_is_too_large_for_one_piece_is_granted_strips_though_weights_are_small(monkeypatch):
+    model = open_mini()
+    monkeypatch.setattr("flux.pipelines.planning.available_bytes", lambda device: 2 << 30)
+    granted = grant([model.autoencoder], Job(width=8192, height=8192), Policy())
+    assert granted.in_strips == {"decode"}
+    assert grant([model.autoencoder], Job(width=128, height=128), Policy()).in_strips == set()

@@ -169,6 +169,42 @@ def flags(model):
     return report
 
 
+def runs_out(model):
+    """Memory runs out in one step, then in every one."""
+    comfy.model_management.load_models_gpu([model])
+    base, network = model.model, model.model.diffusion_model
+    generator = torch.Generator().manual_seed(3)
+    x, tokens, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 8, 8), (1, 32, 192), (1, 128)))
+    base.current_patcher = model
+    real, report, failing = type(network).forward, {"streamed_before": len(streamed(model))}, [0]
+
+    def step():
+        return base.apply_model(x, torch.tensor([0.7]), c_crossattn=tokens, y=pooled, guidance=torch.tensor([3.0]))
+
+    def forward(*given, **named):
+        if failing[0] > 0:
+            failing[0] -= 1
+            raise torch.OutOfMemoryError("no memory, for a test")
+        return real(network, *given, **named)
+
+    expected = step()
+    network.forward = forward
+    try:
+        failing[0] = 1
+        report["equal"] = torch.equal(step(), expected)
+        report["streamed_after"] = len(streamed(model))
+        failing[0] = 1000
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            report["gave_up"] = True
+        failing[0] = 0
+        report["afterwards"] = torch.equal(step(), expected)
+    finally:
+        del network.forward
+    return report
+
+
 class ProbeThreads(io.ComfyNode):
     """Reports how many threads read weights."""
 
@@ -265,7 +301,8 @@ class ProbeTold(io.ComfyNode):
 
 NODES = [
     probe("ProbeResidents", residents), probe("ProbeGiveWay", give_way), ProbeSmallCard,
-    probe("ProbePatched", patched), probe("ProbeFlags", flags), ProbeThreads, ProbeSeen,
+    probe("ProbePatched", patched), probe("ProbeFlags", flags), probe("ProbeRunsOut", runs_out),
+    ProbeThreads, ProbeSeen,
     ProbeStrips,
     ProbeTold,
     ProbeTaken,
