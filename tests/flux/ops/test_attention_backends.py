@@ -272,7 +272,7 @@ def test_numbers_that_are_not_finite_with_torchs_own_either_stop_the_run(tmp_pat
     told = []
     with pytest.raises(NumericError, match="step 1 of 4 gave numbers that are not finite"):
         run(damaged, attention="broken", hooks=Hooks(warn=told.append))
-    assert len(told) == 1
+    assert told == []  # the fault is the model's
 
 
 def test_a_run_with_what_is_not_there_is_refused_before_anything_is_loaded(path):
