@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
 
-from flux.memory.metering import Meter, NoMeter, ResidentGauge
+from flux.memory.metering import LOOK_EVERY, Meter, NoMeter, ResidentGauge
 from flux.memory.residency import Passed
 
 CPU = torch.device("cpu")
@@ -65,16 +66,27 @@ def test_a_stage_that_fails_is_noted_and_the_next_one_is_its_own() -> None:
     assert len(own.stages["transformer"].passes) == 1
 
 
-def test_the_peak_is_of_the_stage_and_not_of_its_end() -> None:
+def test_the_peak_is_of_the_stage_and_not_of_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [0]
+    monkeypatch.setattr(ResidentGauge, "_now", lambda self: taken[0])
     own, weights = Meter(CPU), Weights()
     with own.stage("transformer", "FLUX", weights):
-        held = torch.ones(64 * MIB, dtype=torch.uint8)
-        gauge = ResidentGauge()
-        gauge.start()
-        own.tick()
-        del held
-        assert gauge.most() < 32 * MIB
-    assert own.stages["transformer"].peak_bytes > 48 * MIB
+        taken[0] = 64 * MIB
+        time.sleep(20 * LOOK_EVERY)
+        taken[0] = 8 * MIB
+    with own.stage("decode", "autoencoder", weights):
+        time.sleep(2 * LOOK_EVERY)
+    assert own.stages["transformer"].peak_bytes == 64 * MIB
+    assert own.stages["decode"].peak_bytes == 8 * MIB
+
+
+def test_a_process_that_grows_is_seen_to_grow() -> None:
+    gauge = ResidentGauge()
+    gauge.start()
+    held = torch.ones(256 * MIB, dtype=torch.uint8)
+    most = gauge.most()
+    assert most >= 0
+    assert ResidentGauge()._now() >= held.nbytes
 
 
 def test_without_a_meter_nothing_is_noted() -> None:
