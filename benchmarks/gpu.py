@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -36,6 +36,7 @@ from flux.memory.plan import StagePlan
 from flux.memory.policy import KEEP, Policy, read_policy
 from flux.memory.rates import measure_rates
 from flux.models.flux1 import Flux1
+from flux.pipelines.compiled import INDUCTOR, compiled_blocks
 from flux.pipelines.denoising import Hooks, Velocity, prepared, walk
 from flux.pipelines.parts import Part
 from flux.pipelines.planning import Job, plan_run, planned_of_part
@@ -62,7 +63,9 @@ STREAMED_BAR_DOWN_TO = 0.5  # of the blocks' weights
 ROOM = 0.9  # of the card's memory that engines which run in turn may take together
 MIB, GIB, TERA = 1 << 20, 1 << 30, 1e12
 TABLES = Path(__file__).resolve().parent / "tables"
-FOUNDRY, FOUNDRY_FP8, DIFFUSERS, COMPILED = "FLUX Foundry", "FLUX Foundry, fp8", "diffusers", "diffusers, compiled"
+FOUNDRY, FOUNDRY_FP8 = "FLUX Foundry", "FLUX Foundry, fp8"
+FOUNDRY_COMPILED, FOUNDRY_FP8_COMPILED = "FLUX Foundry, compiled", "FLUX Foundry, fp8, compiled"
+DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", "diffusers, compiled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +146,11 @@ class Bar:
 
 @dataclass
 class Found:
-    """What a section found: rows of figures, all with the same keys, and bars."""
+    """What a section found: rows of figures, all with the same keys; bars; and sentences on what went otherwise."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Bench:
@@ -167,6 +171,11 @@ class Bench:
     def is_judged(self) -> bool:
         """Whether bars are asked: they are a card's, and of the real size."""
         return self.device.type == "cuda" and self.size is SIZES["real"]
+
+    @property
+    def compiler(self) -> str:
+        """That is asked for; off a card, where times mean nothing, one that leaves everything as it is."""
+        return INDUCTOR if self.device.type == "cuda" else "eager"
 
     @property
     def rate(self) -> float:
@@ -287,11 +296,17 @@ class Denoises:
 
 
 @contextmanager
-def our_denoising(bench: Bench, stored: str) -> Iterator[Denoises]:
+def our_denoising(bench: Bench, stored: str, *, compiled: bool = False) -> Iterator[Denoises]:
     """Ours, with weights stored so."""
-    noise = bench.noise(bench.size.side)
-    with ready(bench, bench.part(stored)) as run:
+    noise, part = bench.noise(bench.size.side), bench.part(stored)
+    blocks = compiled_blocks(part.module, backend=bench.compiler, tell=_not_compiled) if compiled else nullcontext()
+    with ready(bench, part) as run, blocks:
         yield Denoises(lambda: walk(run.velocity, noise, bench.sigmas(), device=bench.device), run.tables)
+
+
+def _not_compiled(reason: str) -> None:
+    """What did not compile is not to pass for it."""
+    raise RuntimeError(reason)
 
 
 @contextmanager
@@ -299,9 +314,8 @@ def their_denoising(bench: Bench, *, compiled: bool) -> Iterator[Denoises]:
     """The model of diffusers with our weights and steps; compiled by blocks, as its documentation advises."""
     model = diffusers_model(bench)
     if compiled:
-        backend = "inductor" if bench.device.type == "cuda" else "eager"  # no compiler is asked for where none counts
         compile_blocks = getattr(model, "compile_repeated_blocks", model.compile)
-        compile_blocks(fullgraph=True, backend=backend)
+        compile_blocks(fullgraph=True, backend=bench.compiler)
     noise, sigmas, given = bench.noise(bench.size.side), bench.sigmas(), partial(torch.full, (1,), device=bench.device)
     rows, columns = noise.shape[-2:]
     prompt, spec = bench.prompt(), bench.size.spec
@@ -347,16 +361,18 @@ def diffusers_model(bench: Bench) -> Any:
 ENGINES: dict[str, Callable[[Bench], AbstractContextManager[Denoises]]] = {
     FOUNDRY: lambda bench: our_denoising(bench, "bf16"),
     FOUNDRY_FP8: lambda bench: our_denoising(bench, "fp8"),
+    FOUNDRY_COMPILED: lambda bench: our_denoising(bench, "bf16", compiled=True),
+    FOUNDRY_FP8_COMPILED: lambda bench: our_denoising(bench, "fp8", compiled=True),
     DIFFUSERS: lambda bench: their_denoising(bench, compiled=False),
-    COMPILED: lambda bench: their_denoising(bench, compiled=True),
+    DIFFUSERS_COMPILED: lambda bench: their_denoising(bench, compiled=True),
 }
 """What denoises, in the order of the table."""
 
 DENOISE_BARS = (
-    ("FLUX Foundry of diffusers compiled", FOUNDRY, COMPILED, 0.90),
-    ("fp8 of bf16", FOUNDRY_FP8, FOUNDRY, 0.70),
+    ("FLUX Foundry of diffusers, both compiled", FOUNDRY_COMPILED, DIFFUSERS_COMPILED, 0.90),
+    ("fp8 of bf16, both compiled", FOUNDRY_FP8_COMPILED, FOUNDRY_COMPILED, 0.70),
 )
-SECONDS_BARS = {"H200": ("FLUX Foundry in seconds on an H200", 3.4)}  # by what a card's name has in it
+SECONDS_BARS = {"H200": ("FLUX Foundry, compiled, in seconds on an H200", FOUNDRY_COMPILED, 3.4)}  # by a card's name
 
 
 @dataclass
@@ -376,9 +392,9 @@ class Denoised:
 
 def denoising(bench: Bench) -> Found:
     """Whole runs of every engine: in turn where they fit together, else one engine after the other."""
-    found: dict[str, Denoised] = {}
+    found, notes = dict[str, Denoised](), list[str]()
     for group in _groups(bench):
-        _in_turn(bench, group, found)
+        _in_turn(bench, group, found, notes)
     operations = bench.size.steps * bench.plan(bench.part(), bench.size.side).operations
     rows = [
         {
@@ -389,24 +405,46 @@ def denoising(bench: Bench) -> Found:
             "of the bf16 roofline": operations / bench.rate / own.median,
             "resident": own.resident,
             "peak": own.peak,
-            "difference": _difference(own.output, found[FOUNDRY].output),
+            "difference": _difference(own.output, next(iter(found.values())).output),
         }
         for name, own in found.items()
     ]
-    bars = [Bar(what, found[one].median / found[other].median, most) for what, one, other, most in DENOISE_BARS]
-    for word, (what, most) in SECONDS_BARS.items():
-        if bench.device.type == "cuda" and word in torch.cuda.get_device_name(bench.device):
-            bars.append(Bar(what, found[FOUNDRY].median, most))
-    return Found(rows, bars)
+    bars = [
+        Bar(what, found[one].median / found[other].median, most)
+        for what, one, other, most in DENOISE_BARS
+        if one in found and other in found
+    ]
+    name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else ""
+    bars += [
+        Bar(what, found[one].median, most)
+        for word, (what, one, most) in SECONDS_BARS.items()
+        if word in name and one in found
+    ]
+    return Found(rows, bars, notes)
 
 
-def _in_turn(bench: Bench, group: Sequence[str], found: dict[str, Denoised]) -> None:
-    """Have engines that are there at once denoise one after the other, again and again; all are gone at the end."""
+def _in_turn(bench: Bench, group: Sequence[str], found: dict[str, Denoised], notes: list[str]) -> None:
+    """Have engines that are there at once denoise one after the other, again and again; all are gone at the end.
+
+    One that fails is noted, and the others go on.
+    """
     with ExitStack() as held:
-        engines = {name: _enter(held, bench, name, found) for name in group}
+        engines = {}
+        for name in group:
+            engine = _try(held, bench, name, found, notes)
+            if engine is not None:
+                engines[name] = engine
         for _ in range(bench.repeats):
             for name, engine in engines.items():
                 found[name].seconds.append(bench.timed(engine.run))
+
+
+def _try(held: ExitStack, bench: Bench, name: str, found: dict[str, Denoised], notes: list[str]) -> Denoises | None:
+    try:
+        return _enter(held, bench, name, found)
+    except Exception as error:  # noqa: BLE001 - whatever a peer or a compiler raises
+        notes.append(f"{name} failed: {type(error).__name__}: {error}")
+        return None
 
 
 def _enter(held: ExitStack, bench: Bench, name: str, found: dict[str, Denoised]) -> Denoises:
@@ -576,6 +614,8 @@ def table(found: Found, is_judged: bool) -> str:
     lines += [f"| {' | '.join(cell(name, row[name]) for name in names)} |" for row in found.rows]
     if is_judged and found.bars:
         lines += ["", *(f"- {bar}" for bar in found.bars)]
+    if found.notes:
+        lines += ["", *(f"- {note}" for note in found.notes)]
     return "\n".join(lines)
 
 
@@ -624,7 +664,8 @@ def run_sections(
                 text, record["failed"] = f"Failed: {error}", traceback.format_exc()
             else:
                 text = table(found, bench.is_judged)
-                record |= {"rows": found.rows, "bars": [asdict(bar) for bar in found.bars] if bench.is_judged else []}
+                bars = [asdict(bar) for bar in found.bars] if bench.is_judged else []
+                record |= {"rows": found.rows, "bars": bars, "notes": found.notes}
         gc.collect()
         record["seconds"] = time.monotonic() - start
         texts.append(f"**{section.title}**\n\n{text}")

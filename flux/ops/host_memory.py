@@ -1,8 +1,7 @@
-"""Memory on the host for what is large and soon let go: in large pages, and lent again when it comes back.
+"""Memory on the host in large pages; that of unpacked weights is lent again when it comes back.
 
-A weight's numbers are needed for one product, a layer's widest result for one block. To be given 150 MB anew, zeroed
-page by page, takes the system as long as decoding them, so that the largest blocks that came back are kept for the next
-takers until they are dropped: two, for a weight and the result that is made with it.
+A weight's numbers are needed for one product and let go. To be given 150 MB anew, zeroed page by page, takes the system
+as long as decoding them, so that the last block that came back is kept for the next taker until it is dropped.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["drop_spare", "empty"]
+__all__ = ["drop_spare", "empty", "in_large_pages"]
 
 Block = npt.NDArray[np.uint8]
 
 HUGE_PAGES = 1 << 22  # bytes from which NumPy asks Linux for huge pages; smaller memory is torch's own
 ALIGNMENT = 64  # bytes; where torch puts its own tensors
 MOST_WASTE = 2  # times as large as asked for that a block may be, for the taker may keep it
-MOST_SPARE = 2  # blocks that are kept
 LARGEST_SPARE = 1 << 29  # bytes that are kept at most; FLUX.1's largest matrix takes half of it in fp32
 
 
@@ -39,19 +37,27 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < HUGE_PAGES:
         return torch.empty(shape, dtype=dtype, device=device)
-    lent = _Lent.of(_spare.take(size + ALIGNMENT))
-    skip = -lent.ctypes.data % ALIGNMENT
-    # Cut by torch: a cut by NumPy would refer to the block and not to the loan.
-    return torch.from_numpy(lent)[skip : skip + size].view(dtype).view(shape)
+    return _tensor_in(_Lent.of(_spare.take(size + ALIGNMENT)), shape, dtype)
+
+
+def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory on the CPU, new and never lent again, that the system need not bring page by small page."""
+    return _tensor_in(np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8), shape, dtype)
+
+
+def _tensor_in(block: Block, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    skip = -block.ctypes.data % ALIGNMENT
+    # Cut by torch: a cut by NumPy would refer to the block and not to a loan.
+    return torch.from_numpy(block)[skip : skip + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def drop_spare() -> None:
-    """Let go of the memory that is kept for the next takers."""
+    """Let go of the memory that is kept for the next taker."""
     _spare.drop()
 
 
 class _Spare:
-    """The blocks that are not lent, the smallest first.
+    """The one block that is not lent.
 
     Blocks come back when objects are destroyed, which may be in the middle of any line of this class: whoever has the
     lock then takes in what came back meanwhile.
@@ -59,27 +65,30 @@ class _Spare:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._blocks: list[Block] = []
+        self._block: Block | None = None
         self._back: deque[Block] = deque()
 
     @property
     def nbytes(self) -> int:
-        """Of all of them."""
+        """Of what is kept."""
         with self._lock:
             self._settle()
-            return sum(block.nbytes for block in self._blocks)
+            return 0 if self._block is None else self._block.nbytes
 
     def take(self, size: int) -> Block:
-        """The smallest spare block that is large enough and not far too large, else a new one."""
+        """The spare block if it is large enough and not far too large, else a new one."""
         with self._lock:
             self._settle()
-            for place, block in enumerate(self._blocks):
-                if size <= block.nbytes <= MOST_WASTE * size:
-                    return self._blocks.pop(place)
+            block = self._block
+            if block is not None and size <= block.nbytes <= MOST_WASTE * size:
+                self._block = None
+                return block
         return np.empty(size, np.uint8)
 
     def give(self, block: Block) -> None:
         """Take a block back. Never waits, for it may be called while this very thread holds the lock."""
+        if block.nbytes > LARGEST_SPARE:
+            return
         self._back.append(block)
         if self._lock.acquire(blocking=False):
             try:
@@ -90,18 +99,14 @@ class _Spare:
     def drop(self) -> None:
         with self._lock:
             self._back.clear()
-            self._blocks = []
+            self._block = None
 
     def _settle(self) -> None:
-        """Keep the largest of the blocks that came back and the spare ones, as far as they may be kept."""
+        """Keep the larger of a block that came back and the spare one."""
         while self._back:
-            left = LARGEST_SPARE
-            kept: list[Block] = []
-            for own in sorted((self._back.popleft(), *self._blocks), key=len, reverse=True):
-                if len(kept) < MOST_SPARE and own.nbytes <= left:
-                    left -= own.nbytes
-                    kept.append(own)
-            self._blocks = kept[::-1]
+            block = self._back.popleft()
+            if self._block is None or self._block.nbytes < block.nbytes:
+                self._block = block
 
 
 _spare = _Spare()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .host_memory import empty
+from .host_memory import in_large_pages
 
 __all__ = ["linear"]
 
@@ -72,13 +72,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if _one_dnn is not None:
             return _one_dnn(x, weight, bias, *PLAIN)
         if x.numel() // x.shape[-1] * len(weight) * x.element_size() > LARGE_RESULT:
-            return _into_lent_memory(x, weight, bias)
+            return _into_large_pages(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _into_lent_memory(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _into_large_pages(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    out = empty((len(rows), len(weight)), x.dtype, x.device)
+    out = in_large_pages((len(rows), len(weight)), x.dtype)
     if bias is None:
         torch.mm(rows, weight.t(), out=out)
     else:

@@ -27,7 +27,9 @@ def test_the_whole_way_is_taken_on_a_cpu(tmp_path, capsys):
     rows = {row["engine"]: row for row in records["denoising"]["rows"]}
     assert list(rows) == list(gpu.ENGINES)
     assert rows[gpu.DIFFUSERS]["difference"] <= CLOSE
-    assert rows[gpu.COMPILED]["difference"] <= CLOSE
+    assert rows[gpu.DIFFUSERS_COMPILED]["difference"] <= CLOSE
+    assert rows[gpu.FOUNDRY_COMPILED]["difference"] <= CLOSE
+    assert records["denoising"]["notes"] == []
     assert 0 < rows[gpu.FOUNDRY_FP8]["difference"] <= FP8_ERROR
     streamed = [row["streamed"] for row in records["budgets"]["rows"]]
     assert streamed[:4] == sorted(streamed[:4])
@@ -42,6 +44,20 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
     assert gpu.main(["--out", str(tmp_path / "none")]) == 0
     assert "no GPU" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+def test_an_engine_that_fails_is_told_and_the_others_go_on(monkeypatch):
+    def broken(bench):
+        raise RuntimeError("no compiler")
+
+    bench = Bench(CPU, SIZES["tiny"], repeats=1)
+    ours = {gpu.FOUNDRY: gpu.ENGINES[gpu.FOUNDRY], gpu.DIFFUSERS_COMPILED: broken}
+    monkeypatch.setattr(gpu, "ENGINES", ours)
+    found = gpu.denoising(bench)
+    assert [row["engine"] for row in found.rows] == [gpu.FOUNDRY]
+    assert found.bars == []
+    assert found.notes == ["diffusers, compiled failed: RuntimeError: no compiler"]
+    assert "- diffusers, compiled failed" in table(found, is_judged=False)
 
 
 class Clock:

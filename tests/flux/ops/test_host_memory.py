@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux.ops import host_memory
-from flux.ops.host_memory import HUGE_PAGES, drop_spare, empty
+from flux.ops.host_memory import HUGE_PAGES, drop_spare, empty, in_large_pages
 
 CPU = torch.device("cpu")
 LARGE = HUGE_PAGES // 4 * 3  # numbers of fp32
@@ -24,7 +24,8 @@ def _nothing_spare():
 
 def spare_bytes():
     gc.collect()
-    return host_memory._spare.nbytes
+    block = host_memory._spare._block
+    return 0 if block is None else block.nbytes
 
 
 def test_memory_lies_where_torch_would_put_it():
@@ -34,6 +35,15 @@ def test_memory_lies_where_torch_would_put_it():
         assert memory.dtype == dtype
         assert memory.data_ptr() % host_memory.ALIGNMENT == 0
         assert memory.fill_(2).sum(dtype=torch.float64) == 2 * rows * 1500
+
+
+def test_memory_in_large_pages_is_let_go_at_once():
+    memory = in_large_pages((LARGE, 2), torch.float32)
+    assert memory.shape == (LARGE, 2)
+    assert memory.data_ptr() % host_memory.ALIGNMENT == 0
+    assert memory.fill_(2).sum(dtype=torch.float64) == 4 * LARGE
+    del memory
+    assert spare_bytes() == 0
 
 
 def test_what_came_back_is_lent_again():
@@ -71,24 +81,12 @@ def test_a_block_far_too_large_is_not_taken():
     assert spare_bytes() >= 16 * LARGE
 
 
-def test_the_smallest_that_suffices_is_lent():
-    held = [empty((count * LARGE,), torch.float32, CPU) for count in (3, 2)]
-    small = held[1].data_ptr()
-    held.clear()
-    assert empty((2 * LARGE,), torch.float32, CPU).data_ptr() == small
-
-
-def test_the_two_largest_are_kept_and_no_more_than_a_limit(monkeypatch):
-    held = [empty((count * LARGE,), torch.float32, CPU) for count in (1, 3, 2)]
-    held.clear()
-    assert 20 * LARGE <= spare_bytes() < 24 * LARGE
+def test_the_larger_of_two_is_kept_and_no_more_than_a_limit(monkeypatch):
+    small, large = empty((LARGE,), torch.float32, CPU), empty((2 * LARGE,), torch.float32, CPU)
+    del large, small
+    assert spare_bytes() >= 8 * LARGE
     drop_spare()
     assert spare_bytes() == 0
-    monkeypatch.setattr(host_memory, "LARGEST_SPARE", 10 * LARGE)
-    held = [empty((count * LARGE,), torch.float32, CPU) for count in (2, 2)]
-    held.clear()
-    assert 8 * LARGE <= spare_bytes() < 10 * LARGE
-    drop_spare()
     monkeypatch.setattr(host_memory, "LARGEST_SPARE", LARGE)
     memory = empty((LARGE,), torch.float32, CPU)
     del memory

@@ -105,43 +105,43 @@ def test_torchs_own_serves_what_one_dnn_should_not_get(calls):
 
 
 @pytest.fixture
-def lent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of results that were put into lent memory, however small, with torch's own product."""
-    real, seen = module.empty, []
+def paged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of results that were put into large pages, however small, with torch's own product."""
+    real, seen = module.in_large_pages, []
 
-    def recorded(shape: tuple[int, ...], *rest: object) -> torch.Tensor:
+    def recorded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         seen.append(shape)
-        return real(shape, *rest)
+        return real(shape, dtype)
 
     monkeypatch.setattr(module, "_one_dnn", None)
     monkeypatch.setattr(module, "LARGE_RESULT", 0)
-    monkeypatch.setattr(module, "empty", recorded)
+    monkeypatch.setattr(module, "in_large_pages", recorded)
     return seen
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 3, 256), (1, 300, 256)])
-def test_large_results_are_the_same_in_lent_memory(lent, shape, bias):
+def test_large_results_are_the_same_in_large_pages(paged, shape, bias):
     layer, x = Linear(256, 512, bias=bias), torch.randn(shape)
     with torch.inference_mode():
         out, expected = layer(x), F.linear(x, layer.weight, layer.bias)
-    assert lent == [(x.numel() // 256, 512)]
+    assert paged == [(x.numel() // 256, 512)]
     assert torch.equal(out, expected)
 
 
-def test_views_as_inputs_are_taken_in_their_order(lent):
+def test_views_as_inputs_are_taken_in_their_order(paged):
     wide, weight = torch.randn(2, 20, 1024), torch.randn(512, 256)
     with torch.inference_mode():
         out, expected = linear(wide[..., 512:768], weight), F.linear(wide[..., 512:768].contiguous(), weight)
-    assert len(lent) == 1
+    assert len(paged) == 1
     assert (out - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-def test_only_large_results_outside_of_training_are(lent, monkeypatch):
+def test_only_large_results_outside_of_training_are(paged, monkeypatch):
     layer, x = Linear(256, 512), torch.randn(4, 256)
     layer(x).sum().backward()
     assert layer.weight.grad is not None
     monkeypatch.setattr(module, "LARGE_RESULT", 4 * 512 * 4)
     with torch.inference_mode():
         layer(x)
-    assert lent == []
+    assert paged == []
