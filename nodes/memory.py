@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..flux.adapters.channels import CELL
 from ..flux.memory.policy import BUDGET, GIB, POLICIES
 from .fields import MAX_BATCH, ROOT, budget, policy, schema, side, steps
 
@@ -13,7 +14,6 @@ __all__ = ["NODES"]
 
 CATEGORY = f"{ROOT}/memory"
 AS_LOADED = "as loaded"
-CELL = 8  # pixels along a latent's cell
 
 
 class MemoryPlan(io.ComfyNode):

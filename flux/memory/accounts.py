@@ -69,6 +69,7 @@ class Accounts:
             name: Size(weight.parameters, weight.pieces) for name, weight in weights.items()
         }
         self._item, self.blocks = item, tuple(blocks)
+        self._own: dict[str, list[str]] = {}  # what can be streamed below a prefix, once it was asked for
         layers = {f"{path}.weight": layer for path, layer in module.named_modules() if takes_packed(layer)}
         self._movable = frozenset(name for name, layer in layers.items() if isinstance(layer, Linear))
         self.tables = frozenset(name for name in layers if name not in self._movable and name in weights)
@@ -81,8 +82,11 @@ class Accounts:
 
     def names_in(self, block: str, without: Iterable[str] = ()) -> list[str]:
         """The parameters of a block that can be streamed, except those below some prefixes."""
-        own, apart = below((block,)), below(without)
-        return [name for name in self._weights if self._streams(name, own) and not name.startswith(apart)]
+        if block not in self._own:
+            own = below((block,))
+            self._own[block] = [name for name in self._weights if name in self._movable and name.startswith(own)]
+        apart = below(without)
+        return [name for name in self._own[block] if not name.startswith(apart)]
 
     def unpacked_bytes(self, names: Iterable[str]) -> int:
         """The most that one of some parameters takes while a layer unpacks it at use."""
@@ -124,9 +128,6 @@ class Accounts:
         weight = self._weights[name]
         size = weight.parameters * self._item
         return 0 if weight.nbytes == size else size
-
-    def _streams(self, name: str, own: tuple[str, ...]) -> bool:
-        return name in self._movable and name.startswith(own)
 
 
 def buffer_bytes(weights: Iterable[Sized]) -> int:

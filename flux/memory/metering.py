@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from .residency import Passed
+from .streamed import Passed
 
 __all__ = ["Gauge", "Meter", "Metered", "NoMeter", "StageActual", "gauge_for"]
 

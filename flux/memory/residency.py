@@ -10,33 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..ops.host_memory import drop_spare
 from ..ops.packed import Embedding, PackedWeight, takes_packed
 from .accounts import Accounts, Sized, below
 from .lanes import Lane, lane_for
-from .streaming import Movable, Streamer, Unit
+from .streamed import Passed, StreamedBlocks
+from .streaming import Movable, Unit
 
-__all__ = ["Passed", "Residency", "Watch", "Weight"]
+__all__ = ["Residency", "Watch", "Weight"]
 
 Tell = Callable[[str], None]
-
-
-class Passed(NamedTuple):
-    """What went through rings of buffers: bytes, and seconds that blocks waited for them."""
-
-    bytes: int = 0
-    waited: float = 0.0
-
-    def after(self, before: Passed) -> Passed:
-        """What came since."""
-        return Passed(self.bytes - before.bytes, self.waited - before.waited)
 
 
 class Watch(Protocol):
@@ -88,12 +76,10 @@ class Residency:
         self._weights = dict(weights)
         self._lane = lane
         self.limit: int | None = None
-        self._passed = Passed()
-        self._streamer: Streamer | None = None
         self._streamed: frozenset[str] = frozenset()
         self._fetched: frozenset[str] = frozenset()
-        self._hooks: list[RemovableHandle] = []
         self.accounts = Accounts(module, self._weights, item=dtype.itemsize, keeps_packed=keeps_packed, blocks=blocks)
+        self._flow = StreamedBlocks(module, blocks)
         module.requires_grad_(False)
 
     def load(
@@ -136,7 +122,8 @@ class Residency:
         if watch is not None and wanted:
             watch(len(wanted), len(wanted))
         if streamed:
-            self._start({place: self._unit(place, names) for place, names in streamed.items()}, tell)
+            units = [self._unit(place, names) for place, names in streamed.items()]
+            self._flow.start(units, self._lane or lane_for(self.device, tell))
         return brought
 
     def release(self, prefixes: Iterable[str] | None = None) -> int:
@@ -168,38 +155,20 @@ class Residency:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the parameters that are in memory now, and of the ring that others go through."""
-        ring = 0 if self._streamer is None else self._streamer.ring_bytes
         passing = self._streamed | self._fetched
-        return ring + sum(self._bytes(name) for name in self._weights if name not in passing)
+        return self._flow.ring_bytes + sum(self._bytes(name) for name in self._weights if name not in passing)
 
     @property
     def passed(self) -> Passed:
         """See the class."""
-        streamer, before = self._streamer, self._passed
-        if streamer is None:
-            return before
-        return Passed(before.bytes + streamer.brought, before.waited + streamer.waited)
+        return self._flow.passed
 
     def _unit(self, place: int, names: Iterable[str]) -> Unit:
         return Unit(place, tuple((self._place(name)[0], self._weights[name]) for name in names))
 
-    def _start(self, units: Mapping[int, Unit], tell: Tell | None) -> None:
-        """Have the weights of some blocks come when they are called, and go when they have run."""
-        streamer = Streamer(tuple(units.values()), self._lane or lane_for(self.device, tell))
-        self._streamer = streamer
-        for place in units:
-            block = self.module.get_submodule(self.accounts.blocks[place])
-            before, after = partial(_call, streamer.before, place), partial(_call, streamer.after, place)
-            self._hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
-
     def _stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._passed = self.passed
-        streamer, self._streamer, self._streamed = self._streamer, None, frozenset()
-        if streamer is not None:
-            streamer.close()
+        self._streamed = frozenset()
+        self._flow.stop()
 
     def _place(self, name: str) -> tuple[Any, str]:
         path, _, leaf = name.rpartition(".")
@@ -248,8 +217,3 @@ class Residency:
     def _set(self, name: str, tensor: Tensor) -> None:
         layer, leaf = self._place(name)
         setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def _call(listener: Callable[[int], None], place: int, *_: object) -> None:
-    """A module's hook."""
-    listener(place)

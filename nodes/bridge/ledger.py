@@ -18,7 +18,7 @@ from ...flux.memory.metering import Meter, Metered, StageActual
 from ...flux.memory.plan import RunPlan
 from ...flux.memory.policy import Policy
 from ...flux.memory.report import RunReport
-from ...flux.memory.residency import Passed
+from ...flux.memory.streamed import Passed
 from ...flux.pipelines.planning import Job, Planned, plan_run
 from .residents import residents_of
 

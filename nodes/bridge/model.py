@@ -17,6 +17,7 @@ import comfy.patcher_extension
 import comfy.supported_models
 from torch import Tensor
 
+from ...flux.adapters.channels import CELL
 from ...flux.errors import FluxFoundryError, MismatchError
 from ...flux.memory.exhaustion import is_exhausted
 from ...flux.memory.policy import Policy
@@ -46,7 +47,7 @@ from .weights import HOSTS, HostLayers, Numbers, choose_numbers, open_weights
 __all__ = ["FoundryFlux", "load_model", "spec_of"]
 
 PATCHER = "fluxfoundry_patcher"  # our key among the host's inputs of ``extra_conds``
-CELL, LATENT_CHANNELS = 8, 16  # pixels along a latent's cell, and numbers in it
+LATENT_CHANNELS = 16  # numbers in a latent's cell
 REFERENCE_HIDDEN = 3072  # the host's memory factor of FLUX.1 is measured at this width
 
 

@@ -10,6 +10,7 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
+from ...flux.adapters.channels import CELL
 from ...flux.memory.metering import Meter
 from ...flux.pipelines.parts import title_of
 from ...flux.pipelines.planning import Job
@@ -20,7 +21,6 @@ from .residents import residents_of
 
 __all__ = ["job_of_latent", "noted_autoencoder", "noted_encoder", "noted_sampling"]
 
-CELL = 8  # pixels along a latent's cell
 PROMPT = Job(width=16, height=16)  # what a text encoder does is the same for any picture
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...flux.adapters.channels import CELL
 from ...flux.errors import UserError
 from ...flux.memory.accounts import Accounts
 from ...flux.memory.metering import StageActual
@@ -39,7 +40,6 @@ __all__ = [
 # What gives a part as it was loaded, or as if it had been loaded under a policy; it holds no model.
 Later = Callable[[Policy | None], Planned]
 
-CELL = 8  # pixels along a latent's cell
 REFERENCES = "reference_latents"  # the host's key
 BYTE_MAX = 255
 

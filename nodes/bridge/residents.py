@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ...flux.memory.accounts import Accounts
 from ...flux.memory.lanes import lane_for
 from ...flux.memory.policy import AUTO, Needs, Policy, weights_limit
-from ...flux.memory.residency import Passed
 from ...flux.memory.spread import Footprint
-from ...flux.memory.streaming import Streamer, Unit
+from ...flux.memory.streamed import Passed, StreamedBlocks
+from ...flux.memory.streaming import Unit
 from ...flux.ops.host_memory import drop_spare
 from ...flux.ops.packed import PackedWeight
 from ...flux.pipelines.modules import block_names
@@ -75,6 +73,7 @@ class Residents:
 
     Attributes:
         footprint: What is where now; None while nothing is loaded.
+        flow: What is streamed.
         title: What it is called.
         working: Bytes that a run takes besides. Only a transformer's depend on what is drawn, of which it is told.
     """
@@ -92,10 +91,8 @@ class Residents:
             item=max(dtype.itemsize, weights.stored.itemsize), keeps_packed=True,
             blocks=block_names(weights.bound.module),
         )  # fmt: skip
-        self._streamer: Streamer | None = None
-        self._hooks: list[RemovableHandle] = []
+        self.flow = StreamedBlocks(module, self.accounts.blocks)
         self._streamed: tuple[int, ...] = ()
-        self._passed = Passed()
 
     def choose(self, granted: int | None) -> Footprint:
         """What takes how much under the policy and what the host grants; None for no limit of its own.
@@ -128,8 +125,7 @@ class Residents:
     @property
     def passed(self) -> Passed:
         """What was streamed so far, and how long blocks waited for it."""
-        before, streamer = self._passed, self._streamer
-        return before if streamer is None else Passed(before.bytes + streamer.brought, before.waited + streamer.waited)
+        return self.flow.passed
 
     @property
     def resident_bytes(self) -> int:
@@ -139,27 +135,16 @@ class Residents:
     def stream(self, device: torch.device) -> None:
         """Have the blocks that do not stay come as they are used; nothing is done where they do already."""
         streamed = () if self.footprint is None else self.footprint.blocks.streamed
-        if streamed == self._streamed:
-            return
-        self.close()
-        if not streamed:
-            return
-        units = [self._unit(place) for place in streamed]
-        self._streamer, self._streamed = Streamer(units, lane_for(device, say)), streamed
-        for place in streamed:
-            block = self.module.get_submodule(self.accounts.blocks[place])
-            before, after = partial(_call, self._streamer.before, place), partial(_call, self._streamer.after, place)
-            self._hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+        if streamed != self._streamed:
+            self.close()
+            if streamed:
+                self.flow.start([self._unit(place) for place in streamed], lane_for(device, say))
+            self._streamed = streamed
 
     def close(self) -> None:
         """Stream nothing any more."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if self._streamer is not None:
-            self._passed = self.passed
-            self._streamer.close()
-        self._streamer, self._streamed = None, ()
+        self._streamed = ()
+        self.flow.stop()
 
     def _unit(self, place: int) -> Unit:
         names = self.accounts.names_in(self.accounts.blocks[place], self.apart)
@@ -230,9 +215,12 @@ class FoundryPatcher(PackedPatcher):
 
     def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
         """What the host may load: each entry ends in a layer's name, the layer, and its parameters."""
-        away = {name for own in self.residents for name in own.away}
+        away = self._away()
         listed: list[Any] = super()._load_list(*args, **kwargs)
         return [entry for entry in listed if entry[-3] not in away]
+
+    def _away(self) -> set[str]:
+        return {name for own in self.residents for name in own.away}
 
     def _settle(self, granted: int | None) -> None:
         """Choose what stays of what the host grants to all modules together, and let go of the rest."""
@@ -241,7 +229,7 @@ class FoundryPatcher(PackedPatcher):
             others = sum(other.least for other in self.residents[index + 1 :])
             own.footprint = own.choose(None if left is None else max(0, left - others))
             left = None if left is None else left - own.footprint.device_bytes
-        for name in {name for own in self.residents for name in own.away}:
+        for name in self._away():
             self._let_go(name)
 
     def _let_go(self, name: str) -> None:
@@ -258,8 +246,8 @@ class FoundryPatcher(PackedPatcher):
     def _account(self, device: torch.device) -> None:
         """Have what stays counted, and the rest come as it is used."""
         self.model.model_loaded_weight_memory = sum(own.resident_bytes for own in self.residents)
-        self.model.model_lowvram = any(own.away for own in self.residents)
-        for name in {name for own in self.residents for name in own.away}:
+        self.model.model_lowvram = bool(self._away())
+        for name in self._away():
             _bring_bias(comfy.utils.get_attr(self.model, name), device)
         for own in self.residents:
             own.stream(device)
@@ -267,7 +255,7 @@ class FoundryPatcher(PackedPatcher):
     def _give_patches(self) -> None:
         """Biases of what the host was not told of are patched at use, as weights are."""
         super()._give_patches()
-        for name in {name for own in self.residents for name in own.away}:
+        for name in self._away():
             layer, key = comfy.utils.get_attr(self.model, name), f"{name}.bias"
             if isinstance(layer, PackedLinear):
                 layer.bias_function = [PatchAtUse(key, self.patches[key])] if key in self.patches else []
@@ -310,8 +298,3 @@ def _bring_bias(layer: nn.Module, device: torch.device) -> None:
     bias: Tensor | None = getattr(layer, "bias", None)
     if isinstance(layer, PackedLinear) and bias is not None and bias.device != device:
         layer.bias = nn.Parameter(comfy.model_management.cast_to_device(bias, device, bias.dtype), requires_grad=False)
-
-
-def _call(listener: Any, place: int, *_: object) -> None:
-    """A module's hook."""
-    listener(place)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux.memory.metering import LOOK_EVERY, Meter, NoMeter, ResidentGauge
-from flux.memory.residency import Passed
+from flux.memory.streamed import Passed
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

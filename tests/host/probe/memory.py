@@ -138,14 +138,14 @@ def patched(model):
     """With a patch that comes and goes."""
     comfy.model_management.load_models_gpu([model])
     [own] = model.residents
-    plain, streamer = velocity(model), own._streamer
+    plain, streamer = velocity(model), own.flow.streamer
     other = model.clone()
     other.add_patches({LAYER: ("diff", (torch.full((1792, 256), 0.01),))})
     comfy.model_management.load_models_gpu([other])
     changed = velocity(other)
-    stays = own._streamer is streamer
+    stays = own.flow.streamer is streamer
     comfy.model_management.load_models_gpu([model])
-    stays &= own._streamer is streamer
+    stays &= own.flow.streamer is streamer
     return {
         "streamer_stays": stays, "changed": float((changed - plain).abs().max()),
         "back": float((velocity(model) - plain).abs().max()),
