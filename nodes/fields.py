@@ -17,11 +17,13 @@ __all__ = [
     "ROOT",
     "batch_size",
     "budget",
+    "cfg",
     "denoise",
     "dtype",
     "end",
     "guidance",
     "memory",
+    "memory_policy",
     "negative_input",
     "negative_output",
     "policy",
@@ -120,13 +122,19 @@ def dtype() -> io.Input:
     )
 
 
+def cfg(tooltip: str) -> io.Input:
+    return io.Float.Input(
+        "cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, optional=True, tooltip=tooltip
+    )  # fmt: skip
+
+
+def memory_policy(tooltip: str) -> io.Input:
+    return io.Combo.Input("memory", options=[*POLICIES, BUDGET], default=AUTO, optional=True, tooltip=tooltip)
+
+
 def memory(what: str) -> io.Input:
-    return io.Combo.Input(
-        "memory",
-        options=[*POLICIES, BUDGET],
-        default=AUTO,
-        optional=True,
-        tooltip=f"How much of {what} stays on the graphics card; the rest is streamed while it runs, which is slower "
+    return memory_policy(
+        f"How much of {what} stays on the graphics card; the rest is streamed while it runs, which is slower "
         "and gives the same picture. auto: as much as ComfyUI finds room for. keep: all of it. balance: half of the "
         "blocks. save: none, the least memory. budget: as much as fits into the number of GiB below. ComfyUI may take "
         "more away when it needs room.",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..flux.memory.policy import BUDGET, POLICIES
 from .bridge.paths import CLIPS, EMBEDDED_MODELS, MODELS, T5S, VAES, Choice, resolve_embedded
-from .fields import ROOT, budget, dtype, memory, policy, schema
+from .fields import ROOT, budget, dtype, memory, memory_policy, policy, schema
 
 __all__ = ["NODES"]
 
@@ -129,12 +128,8 @@ class LoadAutoencoder(io.ComfyNode):
             search_aliases=["vae loader", "load vae", "ae.safetensors"],
             inputs=[
                 file_combo("vae", VAES, "FLUX.1's autoencoder in ComfyUI's vae folder (ae.safetensors)."),
-                io.Combo.Input(
-                    "memory",
-                    options=[*POLICIES, BUDGET],
-                    default=AUTO,
-                    optional=True,
-                    tooltip="Whether pictures are encoded and decoded in one piece, or in strips of rows, which take "
+                memory_policy(
+                    "Whether pictures are encoded and decoded in one piece, or in strips of rows, which take "
                     "a third of the memory and twice the time, and leave no seams. auto: in strips where one piece "
                     "would not fit. keep: in one piece. balance: in strips from about 1 GiB on. save: in strips. "
                     "budget: in strips where one piece would take more than the number of GiB below.",

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..flux.adapters.channels import CELL
 from ..flux.memory.policy import BUDGET, GIB, POLICIES
-from .fields import MAX_BATCH, ROOT, budget, policy, schema, side, steps
+from .fields import MAX_BATCH, ROOT, budget, cfg, policy, schema, side, steps
 
 __all__ = ["NODES"]
 
@@ -56,15 +56,8 @@ class MemoryPlan(io.ComfyNode):
                     tooltip="What will guide the run: references and Redux's tokens in it take memory and time, too.",
                 ),
                 io.Latent.Input("latent", optional=True, tooltip="Its size and number, in place of the above."),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    optional=True,
-                    tooltip="The sampler's. With any but 1 ComfyUI runs the negative prompt beside the other one, "
+                cfg(
+                    "The sampler's. With any but 1 ComfyUI runs the negative prompt beside the other one, "
                     "which takes twice as much at once.",
                 ),
             ],

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..flux.errors import UserError
 from ..flux.sampling.schedules import check_sigmas
-from .fields import ROOT, denoise, guidance, schedule, schema, seed, side, solver, steps
+from .fields import ROOT, cfg, denoise, guidance, schedule, schema, seed, side, solver, steps
 from .sizes import image_tokens
 
 __all__ = ["NODES"]
@@ -118,15 +118,8 @@ class Sampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What to stay away from. It takes effect when cfg is not 1."
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    optional=True,
-                    tooltip="Strength of the push from negative to positive: 1 is off and twice as fast; 2 to 4 is "
+                cfg(
+                    "Strength of the push from negative to positive: 1 is off and twice as fast; 2 to 4 is "
                     "usual for FLUX. Ignored without a negative.",
                 ),
                 io.Sigmas.Input(
