@@ -273,6 +273,9 @@ class HeadNorm(nn.Module):
 
 def head_norm(x: Tensor, scale: Tensor) -> Tensor:
     """RMS norm of x (..., D) with fp32 statistics, times ``scale`` (D,)."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and not _copies():  # torch has no kernel of its own there
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * length.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()).mul_(scale)
     if x.dtype == torch.float32:
         return F.rms_norm(x, (x.shape[-1],), scale, eps=NORM_EPS)
     return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype) * scale
@@ -338,9 +341,27 @@ def feed_forward(spec: Flux1Spec, layers: Layers) -> nn.Sequential:
     """Two layers with tanh-GELU between, named 0 and 2 as in the checkpoints."""
     return nn.Sequential(
         layers.Linear(spec.hidden, spec.mlp_width),
-        nn.GELU(approximate="tanh"),
+        TanhGelu(),
         layers.Linear(spec.mlp_width, spec.hidden),
     )
+
+
+class TanhGelu(nn.Module):
+    """GELU in its tanh form, which uses up its input where it can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh") if _copies() else gelu_in_place(x)
+
+
+def gelu_in_place(x: Tensor) -> Tensor:
+    """Tanh-GELU of x, in x."""
+    out: Tensor = torch.ops.aten.gelu_(x, approximate="tanh")
+    return out
+
+
+def _copies() -> bool:
+    """Whether what was computed has to stay as it is: for a gradient, or for a compiler, which sees to that itself."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class SingleBlock(nn.Module):
@@ -360,8 +381,7 @@ class SingleBlock(nn.Module):
         fused = self.linear1(modulated_norm(x, shift, scale))
         q, k, v = split_heads(fused[..., : 3 * self.hidden], self.norm, self.heads)
         mixed = attend(q, k, v, rotation)
-        copies = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        joined = self._join(mixed, fused) if copies else self._join_in_place(mixed, fused)
+        joined = self._join(mixed, fused) if _copies() else self._join_in_place(mixed, fused)
         return torch.addcmul(x, gate, self.linear2(joined))
 
     def _join(self, mixed: Tensor, fused: Tensor) -> Tensor:
@@ -372,7 +392,7 @@ class SingleBlock(nn.Module):
         """The same without a copy: in ``fused`` the values lie just before the feed-forward, and are used up."""
         joined = fused[..., 2 * self.hidden :]
         joined[..., : self.hidden].unflatten(-1, (self.heads, -1)).copy_(mixed.transpose(1, 2))  # type: ignore[no-untyped-call]
-        torch.ops.aten.gelu_(joined[..., self.hidden :], approximate="tanh")
+        gelu_in_place(joined[..., self.hidden :])
         return joined
 
 

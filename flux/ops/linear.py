@@ -3,13 +3,14 @@
 On x86 torch gives fp32 products to MKL, which chooses its kernels by who made the processor; oneDNN chooses them by the
 instructions that it has. On an AMD EPYC with AVX-512 oneDNN took a middle-sized FLUX.1's step from about as long as
 diffusers' to nine tenths of it; on an Intel Xeon with the same instructions MKL is the faster one, by a twentieth
-(``python -m benchmarks.transformer``). So MKL's own makers' processors are left to it. The choice is the same in every
-run on a machine, since both round differently.
+(``python -m benchmarks.transformer``), but for few rows, as those of a text, where oneDNN is, by a tenth. The choice is
+the same in every run on a machine, since both round differently.
 """
 
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ __all__ = ["linear"]
 PLAIN: tuple[str, list[float], str] = ("none", [], "")  # no activation behind the product
 CPU_INFO = Path("/proc/cpuinfo")
 INTEL = "GenuineIntel"
+ANY_ROWS = range(1, sys.maxsize)
+FEW_ROWS = range(4, 257)  # of inputs, for which oneDNN is the faster one on Intel's processors too
 SMALLEST = 256 * 256  # weights in a matrix from which on oneDNN's longer way to its kernel is paid back
 LARGE_RESULT = 32 << 20  # bytes; up to there glibc keeps what it has, if it is not told otherwise
 
@@ -37,10 +40,14 @@ def _maker() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def _find_one_dnn(maker: str) -> Callable[..., Tensor] | None:
-    """Torch's way to oneDNN's product where it is the faster one, tried once: the function may change or go."""
-    if INTEL in maker and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        return None
+def _rows_for_one_dnn(maker: str) -> range:
+    """Of how many rows of inputs oneDNN takes the product."""
+    mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return FEW_ROWS if mkl and INTEL in maker else ANY_ROWS
+
+
+def _find_one_dnn() -> Callable[..., Tensor] | None:
+    """Torch's way to oneDNN's product, tried once: the function may change or go."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's stubs lack it
         return None
     product: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -54,7 +61,8 @@ def _find_one_dnn(maker: str) -> Callable[..., Tensor] | None:
     return product if out.tolist() == [[2.0, 2.0, 2.0]] else None
 
 
-_one_dnn = _find_one_dnn(_maker())
+_one_dnn = _find_one_dnn()
+_one_dnn_rows = _rows_for_one_dnn(_maker())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,9 +77,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         Outputs (..., N).
     """
     if weight.device.type == "cpu" and weight.numel() >= SMALLEST and _is_plain(x, weight):
-        if _one_dnn is not None:
+        rows = x.numel() // x.shape[-1]
+        if _one_dnn is not None and rows in _one_dnn_rows:
             return _one_dnn(x, weight, bias, *PLAIN)
-        if x.numel() // x.shape[-1] * len(weight) * x.element_size() > LARGE_RESULT:
+        if rows * len(weight) * x.element_size() > LARGE_RESULT:
             return _into_large_pages(x, weight, bias)
     return F.linear(x, weight, bias)
 

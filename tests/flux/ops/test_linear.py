@@ -16,7 +16,7 @@ TOLERANCE = 2e-6  # of the largest output; two ways of summing some hundreds of 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The inputs' shapes that oneDNN was given."""
-    real, seen = module._find_one_dnn(""), []
+    real, seen = module._find_one_dnn(), []
 
     def recorded(x: torch.Tensor, *rest: object) -> torch.Tensor:
         seen.append(x.shape)
@@ -25,17 +25,28 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     if real is None:
         pytest.skip("this torch was built without oneDNN")
     monkeypatch.setattr(module, "_one_dnn", recorded)
+    monkeypatch.setattr(module, "_one_dnn_rows", module.ANY_ROWS)
     return seen
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
 def test_torch_still_has_the_function():
-    assert module._find_one_dnn("AuthenticAMD") is not None
+    assert module._find_one_dnn() is not None
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch was built without MKL")
-def test_intels_processors_are_left_to_intels_library():
-    assert module._find_one_dnn("GenuineIntel") is None
+@pytest.mark.parametrize(("rows", "times"), [(1, 0), (16, 1), (256, 1), (300, 0)])
+def test_on_intels_processors_products_of_many_rows_are_left_to_intels_library(calls, monkeypatch, rows, times):
+    monkeypatch.setattr(module, "_one_dnn_rows", module._rows_for_one_dnn("GenuineIntel"))
+    x, weight = torch.randn(1, rows, 256), torch.randn(512, 256)
+    with torch.no_grad():
+        out, expected = linear(x, weight), F.linear(x, weight)
+    assert len(calls) == times
+    assert (out - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_on_others_one_dnn_takes_all():
+    assert module._rows_for_one_dnn("AuthenticAMD") == module._rows_for_one_dnn("") == module.ANY_ROWS
 
 
 def test_who_made_the_processor_is_read_from_the_system(monkeypatch, tmp_path):
@@ -76,9 +87,9 @@ def test_a_function_that_torch_changed_is_not_used(monkeypatch):
         raise TypeError("no such signature")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", changed, raising=False)
-    assert module._find_one_dnn("") is None
+    assert module._find_one_dnn() is None
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *_: x)
-    assert module._find_one_dnn("") is None
+    assert module._find_one_dnn() is None
 
 
 def test_inputs_that_do_not_fit_are_torchs_to_refuse(calls):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,6 +71,21 @@ def test_a_large_file_of_bf16_takes_what_it_takes_on_disk(tmp_path, monkeypatch)
     matrices = [name for name, own in large.module.named_parameters() if own.dim() > 1]
     assert large.accounts.packable == set(matrices)
     assert large.load() < 0.51 * small.load()
+
+
+def test_freed_memory_is_kept_as_long_as_a_part_is_in_use(tmp_path, monkeypatch):
+    inside = []
+
+    @contextmanager
+    def keeping():
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    monkeypatch.setattr(parts, "keeping_freed_memory", keeping)
+    with open_autoencoder(write_tiny(tmp_path).autoencoder, CPU).resident():
+        assert inside == [True]
+    assert inside == [True, False]
 
 
 @pytest.fixture(scope="module")
