@@ -84,7 +84,7 @@ class FoundryFlux(comfy.model_base.Flux):
         unpacked = max((layer.unpacked_bytes for layer in self._packed_layers()), default=0)
         for own in (one for one in residents_of(self) if one.policy.budget is not None):
             own.working = unpacked + working_bytes(
-                self.spec, self.get_dtype_inference(), job_of(input_shape, cond_shapes)
+                self.spec, self.get_dtype_inference(), job_of_shapes(input_shape, cond_shapes)
             )
         needed: float = super().memory_required(input_shape, cond_shapes or {})
         return needed + unpacked
@@ -200,7 +200,7 @@ def load_model(
     return patcher
 
 
-def job_of(shape: Sequence[int], conds: Mapping[str, Any] | None) -> Job:
+def job_of_shapes(shape: Sequence[int], conds: Mapping[str, Any] | None) -> Job:
     """What the host is about to sample, as memory goes; with as many steps as a table of modulations holds at most.
 
     Args:
