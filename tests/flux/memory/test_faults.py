@@ -17,59 +17,19 @@ from flux.memory.loss import is_lost, lost
 from flux.memory.residency import Residency
 from flux.ops.layers import on_meta
 from flux.ops.packed import Linear
+from tests import whole
 
 CPU = torch.device("cpu")
 COUNT, WIDTH = 6, 8
 CUDA = "CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
 
 
-class Packed:
-    def __init__(self, tensor):
-        self.tensor, self.nbytes, self.device = tensor, tensor.nbytes, tensor.device
-
-    def tensors(self):
-        return {"data": self.tensor}
-
-    def with_tensors(self, tensors):
-        return Packed(tensors["data"])
-
-    def numbers(self, dtype):
-        return self.tensor.to(dtype)
-
-    def product(self, x, bias):
-        return None
-
-
-class Stored:
-    """A weight in a file, read by a function that may be slow or fail."""
+class Stored(whole.Stored):
+    """Read by a function that may be slow or fail."""
 
     def __init__(self, number, read):
-        self.tensor, self._read = torch.full((WIDTH, WIDTH), 0.01 * (number + 1)), read
-
-    @property
-    def nbytes(self):
-        return self.tensor.nbytes
-
-    @property
-    def parameters(self):
-        return self.tensor.numel()
-
-    @property
-    def pieces(self):
-        return (self.nbytes,)
-
-    def numbers(self, dtype, device=None):
-        return self.tensor.to(dtype)
-
-    def packed(self, device=None):
-        return Packed(self.tensor)
-
-    def forget(self):
-        pass
-
-    def read_into(self, targets):
-        self._read()
-        targets["data"].copy_(self.tensor.flatten().view(torch.uint8))
+        super().__init__(torch.full((WIDTH, WIDTH), 0.01 * (number + 1)))
+        self.before_read = read
 
 
 class Arrival:

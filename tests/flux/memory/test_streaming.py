@@ -13,59 +13,22 @@ from flux.memory.accounts import ALIGNMENT, buffer_bytes
 from flux.memory.lanes import CpuLane
 from flux.memory.streaming import Streamer, Unit
 from flux.ops.packed import Linear
+from tests import whole
 
 COUNT, WIDTH = 5, 4
 
 
-class Packed:
-    """A weight of one stored tensor."""
-
-    def __init__(self, tensor):
-        self.tensor, self.nbytes = tensor, tensor.nbytes
-
-    def tensors(self):
-        return {"data": self.tensor}
-
-    def with_tensors(self, tensors):
-        return Packed(tensors["data"])
-
-    def numbers(self, dtype):
-        return self.tensor.to(dtype)
-
-    def product(self, x, bias):
-        return None
-
-
-class Stored:
-    """A weight in a file: the number of its block, again and again."""
+class Stored(whole.Stored):
+    """The number of its block, again and again."""
 
     def __init__(self, number, reads):
+        super().__init__(torch.full((WIDTH, WIDTH), float(number), dtype=torch.bfloat16))
         self.number, self.reads, self.gone = number, reads, False
-        self.tensor = torch.full((WIDTH, WIDTH), float(number), dtype=torch.bfloat16)
 
-    @property
-    def nbytes(self):
-        return self.tensor.nbytes
-
-    @property
-    def parameters(self):
-        return self.tensor.numel()
-
-    @property
-    def pieces(self):
-        return (self.tensor.nbytes,)
-
-    def packed(self):
-        return Packed(self.tensor)
-
-    def forget(self):
-        pass
-
-    def read_into(self, targets):
+    def before_read(self):
         if self.gone:
             raise FileError("it is gone")
         self.reads.append(self.number)
-        targets["data"].copy_(self.tensor.view(torch.uint8).flatten())
 
 
 def unit_bytes(unit):
