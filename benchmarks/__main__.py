@@ -1,10 +1,7 @@
-"""Every table that the project publishes: ``python -m benchmarks`` (or ``make bench``).
+"""Every table that the project publishes, or those named: ``python -m benchmarks [NAME ...]`` (``make bench``).
 
-``--quick`` leaves the slow ones out: fidelity, decoding, what the embedded models draw of prompts and under guidance,
-the step beside other engines, for one picture and several, what streaming costs, how near plans come to what runs take,
-what a step cache saves, what compiling brings.
-``--fidelity`` prints what each storage format costs, and nothing else. What a GPU does has a command of its own:
-``python -m benchmarks.gpu``.
+Each says under itself what it was taken with. ``--quick`` is for what takes seconds. What a GPU does has a command of
+its own: ``python -m benchmarks.gpu``.
 """
 
 from __future__ import annotations
@@ -15,8 +12,9 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,48 +51,56 @@ PSNR_BAR = 34.0
 MOST_MB = 32  # of the models that draw from text, and again of those that pictures guide
 MB = 1e6
 
+Make = Callable[[argparse.Namespace], str | Report]
+
+QUICK: dict[str, Make] = {
+    "embedded": lambda _: embedded(),
+    "startup": lambda _: startup.table(),
+    "opening": lambda _: opening.table(),
+}
+SLOW: dict[str, Make] = {
+    "fidelity": lambda _: fidelity.table(),
+    "decoding": lambda _: decoding.table(),
+    "prompts": lambda options: prompts.table(options.count),
+    "guided": lambda options: guided.table(options.cases),
+    "transformer": lambda _: transformer.table(),
+    "batches": lambda _: batches.table(),
+    "streaming": lambda _: streaming.table(),
+    "planned": lambda _: planned.table(),
+    "step_cache": lambda _: step_cache.table(),
+    "compiled": lambda _: compiled.table(),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables, and keep them in ``benchmarks/tables`` if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(QUICK | SLOW)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="only what takes seconds")
-    parser.add_argument("--fidelity", action="store_true", help="only what each storage format costs")
     parser.add_argument("--count", type=int, default=600, help="prompts for each embedded model (default: %(default)s)")
     parser.add_argument(
         "--cases", type=int, default=200, help="pictures for each embedded guided model (default: %(default)s)"
     )
     parser.add_argument("--write", action="store_true", help=f"keep the tables in {TABLES.parent.name}/{TABLES.name}")
     options = parser.parse_args(arguments)
-    parts: dict[str, Callable[[], str | Report]] = {
-        "environment": environment,
-        "embedded": embedded,
-        "startup": startup.table,
-        "opening": opening.table,
-    }
-    if not options.quick:
-        parts["fidelity"] = fidelity.table
-        parts["decoding"] = decoding.table
-        parts["prompts"] = lambda: prompts.table(options.count)
-        parts["guided"] = lambda: guided.table(options.cases)
-        parts["transformer"] = transformer.table
-        parts["batches"] = batches.table
-        parts["streaming"] = streaming.table
-        parts["planned"] = planned.table
-        parts["step_cache"] = step_cache.table
-        parts["compiled"] = compiled.table
-    if options.fidelity:
-        parts = {"fidelity": fidelity.table}
-    for name, make in parts.items():
-        found = make()
-        sys.stdout.write(f"## {name}\n\n{found}\n\n")
+    unknown = set(options.names) - set(QUICK | SLOW)
+    if unknown:
+        parser.error(f"there is no table {', '.join(sorted(unknown))}; there are {', '.join(QUICK | SLOW)}")
+    for name in options.names or (QUICK if options.quick else QUICK | SLOW):
+        found, taken = (QUICK | SLOW)[name](options), environment()
+        text = f"{found}\n\n<sub>{taken}</sub>"
+        sys.stdout.write(f"## {name}\n\n{text}\n\n")
         sys.stdout.flush()
         if options.write:
-            TABLES.mkdir(exist_ok=True)
-            (TABLES / f"{name}.md").write_text(f"{found}\n", encoding="utf-8")
-            if isinstance(found, Report):
-                data = {"environment": environment(), **found.data}
-                (TABLES / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            _keep(name, text, {"environment": taken, **found.data} if isinstance(found, Report) else None)
     return 0
+
+
+def _keep(name: str, text: str, data: Mapping[str, Any] | None) -> None:
+    TABLES.mkdir(exist_ok=True)
+    (TABLES / f"{name}.md").write_text(f"{text}\n", encoding="utf-8")
+    if data is not None:
+        (TABLES / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def environment() -> str:

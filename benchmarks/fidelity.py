@@ -1,4 +1,4 @@
-"""What each storage format costs in fidelity, on the embedded model: ``python -m benchmarks --fidelity``.
+"""What each storage format costs in fidelity, on the embedded model: ``python -m benchmarks fidelity``.
 
 ``flux1-mini`` is converted to every format that can be written, and opened as users open it, packed formats packed. All
 run in fp32, so that what differs from the fp32 file comes of the storage alone:

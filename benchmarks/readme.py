@@ -32,7 +32,7 @@ BETWEEN = re.compile(r"(<!-- tables:begin.*?-->\n).*?(<!-- tables:end -->)", re.
 def main() -> int:
     """Rewrite the part between the marks."""
     tables = ROOT / "benchmarks" / "tables"
-    parts = [f"Taken with {(tables / 'environment.md').read_text(encoding='utf-8').strip()}.\n"]
+    parts = []
     for name, title in TITLES.items():
         path = tables / f"{name}.md"
         if path.exists():

@@ -32,26 +32,31 @@ def printed(capsys, *arguments):
 
 
 def test_every_table_is_printed_and_the_slow_ones_are_not_when_it_is_to_be_quick(capsys):
-    quick = ["environment", "embedded", "startup", "opening"]
+    quick = ["embedded", "startup", "opening"]
     assert printed(capsys, "--quick") == quick
     assert printed(capsys) == [*quick, *SLOW]
 
 
-def test_fidelity_is_printed_alone(capsys):
-    assert printed(capsys, "--fidelity") == ["fidelity"]
+def test_tables_that_are_named_are_printed_alone(capsys):
+    assert printed(capsys, "planned", "fidelity") == ["planned", "fidelity"]
 
 
-def test_tables_that_are_kept_have_a_title_in_the_readme(capsys, tables):
+def test_a_table_that_is_not_there_is_answered_with_those_that_are(capsys):
+    with pytest.raises(SystemExit):
+        benchmarks.main(["speed"])
+    assert "no table speed; there are embedded, startup" in capsys.readouterr().err
+
+
+def test_tables_that_are_kept_have_a_title_in_the_readme_and_tell_what_they_were_taken_with(capsys, tables):
     printed(capsys, "--write")
-    kept = {path.stem for path in tables.iterdir()}
-    assert kept - {"environment"} <= set(TITLES)
-    assert (tables / "fidelity.md").read_text() == "table of fidelity\n"
+    assert {path.stem for path in tables.iterdir()} <= set(TITLES)
+    assert (tables / "fidelity.md").read_text() == f"table of fidelity\n\n<sub>{benchmarks.environment()}</sub>\n"
 
 
 def test_figures_are_kept_for_programs_too(capsys, tables, monkeypatch):
     monkeypatch.setattr(benchmarks.transformer, "table", lambda *_: Report("some text", {"rows": [1]}))
     printed(capsys, "--write")
-    assert (tables / "transformer.md").read_text() == "some text\n"
+    assert (tables / "transformer.md").read_text().startswith("some text\n")
     kept = json.loads((tables / "transformer.json").read_text())
     assert kept["rows"] == [1]
     assert "torch" in kept["environment"]
