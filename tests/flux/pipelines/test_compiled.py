@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from flux.errors import Cancelled, UserError
 from flux.mini import files
-from flux.models.flux1 import Flux1, RotaryAttention, SingleBlock
+from flux.models import flux1
+from flux.models.flux1 import Flux1, RotaryAttention
 from flux.pipelines import compiled
 from flux.pipelines.compiled import compiled_blocks
 from flux.pipelines.denoising import Guidance, Hooks, denoise
@@ -57,8 +58,8 @@ def counting(monkeypatch, nothing_compiled):
 
 @pytest.fixture
 def same_products(monkeypatch):
-    """Uncompiled blocks lay out memory as compiled ones do, which decides the last bit of a product."""
-    monkeypatch.setattr(SingleBlock, "_join_in_place", SingleBlock._join)
+    """Uncompiled blocks compute as compiled ones do: the layout of memory and the way of a norm decide the last bit."""
+    monkeypatch.setattr(flux1, "_copies", lambda: True)
 
 
 @pytest.fixture(scope="module")
