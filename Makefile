@@ -15,8 +15,9 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 demo: $(RUNTIME)
 	$(PY) -m flux demo --out out/demo
 
+# Two processes of one thread each: most tests are too small for two threads.
 test: $(TOOLS)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 bench: $(TOOLS)
 	$(PY) -m benchmarks

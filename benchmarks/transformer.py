@@ -56,7 +56,7 @@ MIDDLE = replace(
 )  # fmt: skip
 ROWS = COLUMNS = 32  # 1024 image tokens
 TEXT_TOKENS = 256
-ROUNDS, REPEATS = 5, 9  # processes of each engine, and further steps of each of the last ones
+ROUNDS, REPEATS = 5, 21  # processes of each engine, and further steps of each of the last ones
 TIME_BAR, MEMORY_BAR, START_BAR = 0.98, 0.50, 0.70
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,9 +182,15 @@ class Measured:
         return statistics.median(self.grown)
 
     @property
+    def whole_steps(self) -> list[float]:
+        """Every step, with its share of what is made once for a schedule."""
+        share = statistics.median(self.tables) / (len(SCHEDULE) - 1)
+        return [step + share for step in self.steps]
+
+    @property
     def step(self) -> float:
-        """Median of a step, and its share of what is made once for a schedule."""
-        return statistics.median(self.steps) + statistics.median(self.tables) / (len(SCHEDULE) - 1)
+        """Median of ``whole_steps``."""
+        return statistics.median(self.whole_steps)
 
 
 def measure(
@@ -202,8 +208,8 @@ def measure(
                     running[runner] = stack.enter_context(Running(runner, path, output))
                     _first_steps(running[runner], own)
                     own.output = torch.load(output) if repeats and stack is staying else own.output
-        for _ in range(repeats):
-            for runner, own in found.items():
+        for turn in range(repeats):
+            for runner, own in list(found.items())[:: -1 if turn % 2 else 1]:
                 own.steps.append(running[runner].step())
     return found
 
@@ -218,17 +224,23 @@ def _first_steps(running: Running, own: Measured) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of ours beside a peer's, and the most that the one may be of the other."""
+    """One figure of ours beside a peer's, and the most that the one may be of the other.
+
+    Attributes:
+        turns: Of what was taken in turn the ratio in every turn, of which the median counts: what a machine does beside
+            slows neighbours alike.
+    """
 
     what: str
     ours: float
     theirs: float
     bar: float
     unit: str = "s"
+    turns: tuple[float, ...] = ()
 
     @property
     def ratio(self) -> float:
-        return self.ours / self.theirs
+        return statistics.median(self.turns) if self.turns else self.ours / self.theirs
 
     def row(self, peer: str) -> str:
         digits = 0 if self.unit == "MiB" else 2
@@ -241,8 +253,9 @@ class Comparison:
 
 def compare(ours: Measured, theirs: Measured) -> tuple[Comparison, ...]:
     """Every figure that has a bar."""
+    turns = tuple(own / other for own, other in zip(ours.whole_steps, theirs.whole_steps, strict=True))
     return (
-        Comparison("step", ours.step, theirs.step, TIME_BAR),
+        Comparison("step", ours.step, theirs.step, TIME_BAR, turns=turns),
         Comparison(
             f"growth of peak memory, load + {STEPS} steps", ours.memory / MIB, theirs.memory / MIB, MEMORY_BAR, "MiB"
         ),
@@ -290,8 +303,9 @@ def table(
     text = (
         f"Hidden {MIDDLE.hidden}, {MIDDLE.double_blocks} + {MIDDLE.single_blocks} blocks stored in bf16, "
         f"{ROWS * COLUMNS} + {TEXT_TOKENS} tokens, all in {dtype}, {processor()}, {own.threads} threads; steps are "
-        f"medians of {repeats}, the others of {rounds} processes, engine after engine in turn. {'; '.join(notes)}. Our "
-        f"step includes {share:.2f} s, its share of the modulations, which are made once for {len(SCHEDULE) - 1} "
+        f"medians of {repeats} in turn, and so is the ratio of two in the same turn; the others are medians of {rounds} "
+        f"processes of each engine, begun in turn. {'; '.join(notes)}. Our step "
+        f"includes {share:.2f} s, its share of the modulations, which are made once for {len(SCHEDULE) - 1} "
         f"steps. (Asked for no type, ours takes {dtype_name(fast_dtype('cpu'))} on this processor.)"
     )
     head = ("| beside | | FLUX Foundry | peer | ratio | bar | |", "|---|---|---|---|---|---|---|")

@@ -60,6 +60,8 @@ def test_a_step_includes_its_share_of_what_is_made_once():
 
 
 def test_a_bar_that_is_missed_says_so():
+    turns = Comparison("step", 3.0, 2.0, 0.98, turns=(0.5, 0.9, 7.0))
+    assert turns.ratio == 0.9
     held, missed = Comparison("step", 0.98, 1.0, 0.98), Comparison("step", 0.99, 1.0, 0.98)
     assert held.row("diffusers") == "| diffusers | step | 0.98 s | 1.00 s | **0.980** | ≤ 0.98 | holds |"
     assert missed.row("comfyui").endswith("| **0.990** | ≤ 0.98 | MISSED |")
