@@ -303,8 +303,8 @@ def table(
     text = (
         f"Hidden {MIDDLE.hidden}, {MIDDLE.double_blocks} + {MIDDLE.single_blocks} blocks stored in bf16, "
         f"{ROWS * COLUMNS} + {TEXT_TOKENS} tokens, all in {dtype}, {processor()}, {own.threads} threads; steps are "
-        f"medians of {repeats} in turn, and so is the ratio of two in the same turn; the others are medians of {rounds} "
-        f"processes of each engine, begun in turn. {'; '.join(notes)}. Our step "
+        f"medians of {repeats} in turn, and so is the ratio of two in the same turn; the others are medians of {rounds}"
+        f" processes of each engine, begun in turn. {'; '.join(notes)}. Our step "
         f"includes {share:.2f} s, its share of the modulations, which are made once for {len(SCHEDULE) - 1} "
         f"steps. (Asked for no type, ours takes {dtype_name(fast_dtype('cpu'))} on this processor.)"
     )
