@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-__all__ = ["peak_resident", "processor"]
+__all__ = ["UNLIKE_USERS", "peak_resident", "processor"]
 
 KIB = 1024
+UNLIKE_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # set by ``make``; users have glibc's own
 
 
 def processor() -> str:

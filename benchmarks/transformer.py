@@ -34,7 +34,7 @@ from flux.specs.flux1 import FLUX1, Flux1Spec
 from flux.weights.diffusers_folder import CONFIG, WEIGHTS, config_of
 
 from .engines import DIFFUSERS_FOLDER, DTYPES, GUIDANCE, INPUTS, PATCH, SCHEDULE, STEPS
-from .machine import processor
+from .machine import UNLIKE_USERS, processor
 from .report import Report, verdict
 
 __all__ = [
@@ -62,7 +62,6 @@ MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
 OURS, DIFFUSERS, COMFYUI = "fluxfoundry", "diffusers", "comfyui"
 TITLES = {OURS: "FLUX Foundry", DIFFUSERS: "diffusers", COMFYUI: "ComfyUI"}
-UNLIKE_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # set by ``make``; users have glibc's own
 
 
 def make_inputs(spec: Flux1Spec, batch: int = 1) -> dict[str, Tensor]:

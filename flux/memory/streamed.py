@@ -70,10 +70,12 @@ class StreamedBlocks:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._passed = self.passed
-        streamer, self.streamer = self.streamer, None
-        if streamer is not None:
-            streamer.close()
+        try:
+            self._passed = self.passed
+        finally:
+            streamer, self.streamer = self.streamer, None
+            if streamer is not None:
+                streamer.close()
 
 
 def _call(listener: Callable[[int], None], place: int, *_: object) -> None:

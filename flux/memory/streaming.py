@@ -24,6 +24,8 @@ from .spread import SLOTS
 
 __all__ = ["StoredWeight", "Streamer", "Unit"]
 
+MOST_STALLS = 512  # whose times are not read yet
+
 
 class Movable(PackedWeight, Protocol):
     """A packed weight whose stored tensors can be elsewhere."""
@@ -138,7 +140,7 @@ class Streamer:
         self, units: Sequence[Unit], lane: Lane, *, slots: int = SLOTS, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.brought, self._waited = 0, 0.0
-        self._stalls: list[tuple[Mark, Mark | None]] = []
+        self._stalls: deque[tuple[Mark, Mark | None]] = deque()
         self._lane, self._clock = lane, clock
         self._layouts = [_Layout(unit) for unit in units]
         self._order = {unit.place: index for index, unit in enumerate(units)}
@@ -163,10 +165,8 @@ class Streamer:
 
     @property
     def waited(self) -> float:
-        """Seconds that blocks stood still because their weights were not there yet."""
-        while self._stalls:
-            began, ended = self._stalls.pop()
-            self._waited += began.seconds_to(ended)
+        """Seconds that blocks stood still because their weights were not there yet, as far as a device can tell."""
+        self._settle(0)
         return self._waited
 
     def before(self, place: int) -> None:
@@ -195,9 +195,20 @@ class Streamer:
             self._waited += self._clock() - began
         else:
             self._stalls.append((mark, self._lane.mark()))
+            if len(self._stalls) > MOST_STALLS:  # of which the first are long past, and need not be waited for
+                self._settle(MOST_STALLS // 2)
         self.brought += coming.layout.size
         coming.layout.bind(self._weights(coming))
         self._running = coming.layout, coming.slot
+
+    def _settle(self, left: int) -> None:
+        """Add up stalls, the oldest first, until no more than some are left."""
+        while len(self._stalls) > left:
+            began, ended = self._stalls.popleft()
+            try:
+                self._waited += began.seconds_to(ended)
+            except RuntimeError:  # a device that is gone tells no times; what it was given to do fails by itself
+                self._stalls.clear()
 
     def after(self, place: int) -> None:
         """The block at ``place`` was set going, and the next one may come in its place; called when it has run."""

@@ -74,7 +74,7 @@ def fp8_product(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None:
     if not fp8_units(x.device, per_row=per_row):
         return None
     largest = x.abs().amax(dim=1, keepdim=True) if per_row else x.abs().amax()
-    own = (largest.float() / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+    own = (largest.float() / E4M3_MAX).clamp_min(max(SMALLEST_SCALE, torch.finfo(x.dtype).tiny))
     narrow = (x / own.to(x.dtype)).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     theirs = torch.ones((), device=x.device) if scale is None else scale.float()
     theirs = theirs.reshape(1, -1) if per_row else theirs.reshape(())

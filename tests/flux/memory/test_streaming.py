@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 
 import pytest
 import torch
 
 from flux.errors import FileError
+from flux.memory import streaming
 from flux.memory.accounts import ALIGNMENT, buffer_bytes
 from flux.memory.lanes import CpuLane
+from flux.memory.streamed import StreamedBlocks
 from flux.memory.streaming import Streamer, Unit
 from flux.ops.packed import Linear
 from tests import whole
@@ -266,14 +269,19 @@ def test_reads_that_fail_again_and_again_leave_the_ring_as_it_was():
     streamer.close()
 
 
+class Moment:
+    """A mark whose time is a number; None where its device is gone."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def seconds_to(self, other):
+        if other.at is None:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return other.at - self.at
+
+
 def test_what_is_computed_late_tells_by_marks_how_long_it_stood_still():
-    class Moment:
-        def __init__(self, at):
-            self.at = at
-
-        def seconds_to(self, other):
-            return other.at - self.at
-
     blocks = Blocks()
     moments = iter(range(1000))
     blocks.lane.mark = lambda: Moment(next(moments))
@@ -282,3 +290,50 @@ def test_what_is_computed_late_tells_by_marks_how_long_it_stood_still():
     assert streamer.waited == COUNT  # one between the two marks of each block
     assert streamer.waited == COUNT
     streamer.close()
+
+
+def test_marks_of_a_long_run_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(streaming, "MOST_STALLS", 2 * COUNT)
+    blocks = Blocks()
+    moments = itertools.count()
+    blocks.lane.mark = lambda: Moment(next(moments))
+    streamer = Streamer(blocks.units, blocks.lane)
+    for _ in range(20):
+        blocks.run(streamer)
+        assert len(streamer._stalls) <= 2 * COUNT
+    assert streamer.waited == 20 * COUNT
+    streamer.close()
+
+
+def test_a_device_that_tells_no_times_any_more_is_left_like_any_other():
+    blocks = Blocks()
+    moments = itertools.count()
+    blocks.lane.mark = lambda: Moment(next(moments))
+    module = torch.nn.Module()
+    module.blocks = torch.nn.ModuleList(blocks.layers)
+    flow = StreamedBlocks(module, [f"blocks.{place}" for place in range(COUNT)])
+    flow.start(blocks.units, blocks.lane)
+    blocks.run(flow.streamer)
+    blocks.lane.mark = lambda: Moment(None)
+    blocks.run(flow.streamer)
+    assert flow.passed.waited <= 2 * COUNT
+    flow.stop()
+    assert flow.streamer is None
+    assert blocks.lane.closed
+
+
+def test_what_is_streamed_is_closed_though_what_passed_cannot_be_told(monkeypatch):
+    blocks = Blocks()
+    flow = StreamedBlocks(
+        torch.nn.ModuleDict({f"b{n}": layer for n, layer in enumerate(blocks.layers)}), [f"b{n}" for n in range(COUNT)]
+    )
+    flow.start(blocks.units, blocks.lane)
+
+    def gone(_):
+        raise ValueError("no times")
+
+    monkeypatch.setattr(Streamer, "waited", property(gone))
+    with pytest.raises(ValueError, match="no times"):
+        flow.stop()
+    assert flow.streamer is None
+    assert blocks.lane.closed
