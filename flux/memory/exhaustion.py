@@ -99,6 +99,7 @@ class Fallback:
         residencies: Of the modules that run, loaded.
         without: For each the prefixes that it was loaded without.
         tell: Told in a sentence what is done.
+        what: What is repeated.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class Fallback:
         residencies: Sequence[Residency],
         without: Sequence[tuple[str, ...]],
         tell: Tell | None,
+        what: str = "the step",
     ) -> None:
         self._loaded = list(zip(residencies, without, strict=True))
-        self._tell = tell or (lambda _: None)
+        self._tell, self._what = tell or (lambda _: None), what
 
     def __call__(self, compute: Callable[[], Result]) -> Result:
         """What ``compute`` gives; it is called again, from its beginning, after memory ran out.
@@ -133,8 +135,9 @@ class Fallback:
         for residency, without in self._loaded:
             lower = _lowered(residency, without, residency.limit)
             if lower is not None:
-                residency.load(without, limit=lower[0], tell=self._tell)
+                load_what_fits(residency, without, limit=lower[0], tell=self._tell)
                 counts.append(lower[1])
         if not counts:
             raise _too_little(self._loaded) from fault
-        self._tell(f"memory ran out: {' and '.join(counts)} blocks are streamed from here on, and the step is repeated")
+        blocks = " and ".join(counts)
+        self._tell(f"memory ran out: {blocks} blocks are streamed from here on, and {self._what} is repeated")

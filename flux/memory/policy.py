@@ -96,6 +96,19 @@ def needs_strips(policy: Policy, needs: Needs, available: int) -> bool:
     return policy.name == SAVE or (policy.name == BALANCE and whole > BALANCED)
 
 
+def allowed(policy: Policy, peak: int, available: int) -> int:
+    """Bytes that a run may take at once.
+
+    Args:
+        policy: What the user grants.
+        peak: The most that any of its stages takes.
+        available: Bytes free on the device.
+    """
+    if policy.budget is not None:
+        return policy.budget
+    return available - RESERVE if policy.name in (AUTO, KEEP) else peak
+
+
 def weights_limit(policy: Policy, needs: Needs, available: int) -> int | None:
     """Bytes that a stage's weights may take; None for as many as there are.
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..adapters.blending import Prediction, predictions_of
-from ..adapters.control_lora import attached
+from ..adapters.control_lora import Attachment, attached
 from ..adapters.guides import Channels, StyleTokens
 from ..errors import NumericError
 from ..memory.exhaustion import Fallback
@@ -129,6 +130,7 @@ def prepared(
         engines = _engines(held, part, guided, predictions, hooks, attention, tables=tables, limit=limit)
         if compiled:
             _compile(held, engines.values(), hooks)
+        going_on = _going_on(dict.fromkeys(engine.part for engine in engines.values()), hooks, tables=tables)
         flows = []
         for prediction in predictions:
             engine = engines[prediction.model]
@@ -143,12 +145,8 @@ def prepared(
             for prediction, passes in flows:
                 own = [sigma for sigma in moments if prediction.covers(fraction_done(sigma, sigmas))]
                 for flow in passes:
-                    flow.prepare(own)
+                    going_on(partial(flow.prepare, own))
 
-        distinct = dict.fromkeys(engine.part for engine in engines.values())
-        going_on = Fallback(
-            [own.residency for own in distinct], [_apart(own, tables=tables) for own in distinct], hooks.warn
-        )
         kernels = dict.fromkeys(engine.kernel for engine in engines.values())
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
@@ -197,10 +195,21 @@ def _engines(
         held.enter_context(model.resident(without=apart, watch=hooks.loading, limit=share, tell=hooks.warn))
         engines[model] = Engine(model, kernel=kernels[model])
     if loras and part in engines:
-        putting_on = attached(part.module, loras, part.device, part.dtype, norms_by_strength=guided.norms_by_strength)
-        attachment = held.enter_context(putting_on)
+
+        def put_on() -> Attachment:
+            how = {"norms_by_strength": guided.norms_by_strength}
+            return held.enter_context(attached(part.module, loras, part.device, part.dtype, **how))
+
+        attachment = _going_on(distinct, hooks, tables=tables)(put_on)
         engines[part] = Engine(part, followed, attachment, kernels[part])
     return {name: engines[model] for name, model in models.items()}
+
+
+def _going_on(parts: Iterable[Part[Flux1Spec, Flux1]], hooks: Hooks, *, tables: bool) -> Fallback:
+    """What goes on with fewer weights in memory where it runs out."""
+    loaded = list(parts)
+    without = [_apart(part, tables=tables) for part in loaded]
+    return Fallback([part.residency for part in loaded], without, hooks.warn)
 
 
 def _shares(parts: Sequence[Part[Flux1Spec, Flux1]], limit: int | None, *, tables: bool) -> Sequence[int | None]:

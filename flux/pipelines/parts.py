@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..memory.available import available_bytes
-from ..memory.exhaustion import load_what_fits
+from ..memory.exhaustion import Fallback, load_what_fits
 from ..memory.loss import is_lost, lost
 from ..memory.metering import Meter, NoMeter
 from ..memory.residency import Residency, Watch
@@ -136,6 +136,10 @@ class Part(Generic[Spec, Module]):
     def _memory(self) -> AbstractContextManager[None]:
         """On a CPU, have what a layer lets go stay for the next one."""
         return keeping_freed_memory() if self.device.type == "cpu" else nullcontext()
+
+    def going_on(self, tell: Callable[[str], None] | None) -> Fallback:
+        """What repeats a pass of the resident module that runs out of memory, with fewer of its weights in it."""
+        return Fallback([self.residency], [()], tell, "the pass")
 
     def metered(self, meter: Meter | NoMeter, stage: str) -> AbstractContextManager[None]:
         """Have a meter note what a stage takes that runs with this part."""

@@ -20,7 +20,7 @@ from ..errors import BudgetError
 from ..memory.accounts import Accounts, Size
 from ..memory.available import available_bytes
 from ..memory.plan import Rates, RunPlan, StagePlan
-from ..memory.policy import AUTO, KEEP, Needs, Policy, needs_strips, weights_limit
+from ..memory.policy import AUTO, KEEP, Needs, Policy, allowed, needs_strips, weights_limit
 from ..memory.tracing import Traced, trace
 from ..models.flux1 import Conditions, Flux1
 from ..models.positions import image_ids, reference_ids, text_ids
@@ -160,10 +160,12 @@ class Grant:
     Attributes:
         limits: Bytes of weights by stage; None for as many as there are, as for stages that are not named.
         in_strips: The stages in which the autoencoder runs in strips.
+        decodes_alone: Whether the transformer has to make room where a picture is decoded and another one follows.
     """
 
     limits: Mapping[str, int | None] = field(default_factory=dict)
     in_strips: frozenset[str] = frozenset()
+    decodes_alone: bool = False
 
 
 def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> Grant:
@@ -186,7 +188,17 @@ def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> Grant:
     return Grant(
         {stage.name: stage.limit for stage in plan.stages},
         frozenset(stage.name for stage in plan.stages if stage.in_strips),
+        _together(planned, plan, job) > allowed(policy, plan.peak_bytes, available),
     )
+
+
+def _together(parts: Sequence[Planned], plan: RunPlan, job: Job) -> int:
+    """Bytes that decoding takes with the transformer's weights and tables beside it."""
+    stages = {stage.name: stage for stage in plan.stages}
+    if not {"transformer", "decode"} <= set(stages):
+        return 0
+    beside = sum(_table_bytes(part.spec, part.dtype, job) + _cache_bytes(part, job) for part in parts)
+    return stages["transformer"].footprint.device_bytes + beside + stages["decode"].peak_bytes
 
 
 def _is_plenty(parts: Sequence[Part[Any, Any]], job: Job, available: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,10 @@ class TextEncoders:
                 resident = part.resident(watch=watch, limit=limits.get(stage), tell=warn)
                 with part.metered(meter, stage), resident as encoder:
                     meter.begin()
+                    going_on = part.going_on(warn)
                     for place in places:
-                        made.append(taken(encoder(torch.tensor([read[place].ids], device=part.device))).float().cpu())
+                        ids = torch.tensor([read[place].ids], device=part.device)
+                        made.append(taken(going_on(partial(encoder, ids))).float().cpu())
                         meter.tick()
                 return made
 

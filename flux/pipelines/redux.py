@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,7 +117,8 @@ class ReduxEncoder:
         """
         limit = None if limits is None else limits.get("vision")
         with self.tower.resident(watch=watch, limit=limit, tell=warn) as tower:
-            seen = [self._look(tower, picture.views.pixels) for picture in pictures]
+            going_on = self.tower.going_on(warn)
+            seen = [going_on(partial(self._look, tower, picture.views.pixels)) for picture in pictures]
         with self.redux.resident(watch=watch, tell=warn) as redux:
             made = [redux(hidden.to(self.redux.device, self.redux.dtype)).float().cpu() for hidden in seen]
         if not all(bool(torch.isfinite(tokens).all()) for tokens in made):

@@ -165,7 +165,7 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     """The pictures of ``generate``, each as soon as it is there.
 
     ``hooks.progress`` hears of the stages "text", "encoding" (of a picture to start from), "loading" (of the
-    transformer's weights, once for all pictures), "sampling" and "decoding".
+    transformer's weights, once for all pictures where they have room beside decoding), "sampling" and "decoding".
     """
     hooks = hooks or Hooks()
     spec = model.transformer.spec
@@ -194,20 +194,20 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             )  # fmt: skip
     cached = None if request.step_cache is None else CachedSteps(request.step_cache, plan.sigmas)
     with ExitStack() as held:
-        # 4. The transformer's weights and tables, for all pictures.
         velocity = None
-        if len(plan.sigmas) > 1:
-            ready = prepared(
-                model.transformer, positive, plan.sigmas,
-                guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
-                guided=guided, limit=granted.limits.get("transformer"), cached=cached, attention=request.attention,
-                compiled=request.compiled,
-            )  # fmt: skip
-            with model.transformer.metered(hooks.meter, TRANSFORMER):
-                velocity = held.enter_context(ready)
-        # 5. Each picture: noise, steps, pixels.
         for index, seed in enumerate(plan.seeds):
             hooks.check()
+            # 4. The transformer's weights and tables, once for all pictures where they have room beside decoding.
+            if velocity is None and len(plan.sigmas) > 1:
+                ready = prepared(
+                    model.transformer, positive, plan.sigmas,
+                    guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
+                    guided=guided, limit=granted.limits.get("transformer"), cached=cached, attention=request.attention,
+                    compiled=request.compiled,
+                )  # fmt: skip
+                with model.transformer.metered(hooks.meter, TRANSFORMER):
+                    velocity = held.enter_context(ready)
+            # 5. Each picture: noise, steps, pixels.
             noise = draw_noise((spec.latent_channels, *cells), [seed], request.noise, dtype=model.text.t5.dtype)
             latents = None if start is None else start[index % len(start)][None]
             part_mask = None if mask is None else mask[index % len(mask)][None]
@@ -220,11 +220,12 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
                         velocity, noise, plan.sigmas, device=model.transformer.device,
                         solver_name=request.solver, latents=latents, mask=part_mask, hooks=hooks,
                     )  # fmt: skip
-            if index == len(plan.seeds) - 1:
-                held.close()  # the last decoding has the memory for itself
+            skipped = None if cached is None or velocity is None else cached.skipped
+            if granted.decodes_alone or index == len(plan.seeds) - 1:
+                held.close()  # decoding has the memory for itself
+                velocity = None
             with _stage(hooks, "decoding"):
                 pixels = in_strips_if_need(decoder, functools.partial(decode, latents=result))[0]
-            skipped = None if cached is None or velocity is None else cached.skipped
             if skipped is not None and hooks.tell is not None:
                 hooks.tell(skipped.sentence())
             yield Picture(pixels, seed, _settings(model, request, plan, seed, skipped))

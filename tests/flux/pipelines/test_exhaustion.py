@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from flux.adapters import control_lora
+from flux.adapters.guides import Channels
 from flux.errors import UserError
 from flux.memory.exhaustion import is_exhausted
+from flux.memory.policy import read_policy
 from flux.mini import files
 from flux.models.autoencoder import Autoencoder
 from flux.models.flux1 import Flux1
-from flux.pipelines.denoising import Hooks, denoise
-from flux.pipelines.parts import open_transformer
+from flux.models.text.clip import ClipText
+from flux.models.text.t5 import T5Encoder
+from flux.models.vision.siglip import SiglipVision
+from flux.pipelines import text_to_image
+from flux.pipelines.denoising import Guidance, Hooks, denoise
+from flux.pipelines.parts import open_transformer, open_vision
 from flux.pipelines.text_to_image import Request, generate
+from flux.specs.vision import SIGLIP_MINI
 from flux.weights.binding import Binding
-from tests.guides import PROMPT, SIGMAS, noise
-from tests.tiny import TINY, write_tiny
+from tests.guides import CELLS, PROMPT, SIGMAS, make_lora, noise
+from tests.oracles import rows
+from tests.tiny import TINY, write_module, write_tiny
 
 CPU = torch.device("cpu")
 DEEP = replace(TINY, name="deep", double_blocks=2, single_blocks=14)
@@ -28,10 +38,10 @@ def path(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("deep"), DEEP).transformer
 
 
-def run(path, told=None):
+def run(path, told=None, **settings):
     part = open_transformer(path, CPU, torch.float32, keep="numbers")
     hooks = Hooks(warn=None if told is None else told.append)
-    return part, denoise(part, PROMPT, noise(), SIGMAS, guidance=3.0, hooks=hooks)
+    return part, denoise(part, PROMPT, noise(), SIGMAS, guidance=3.0, hooks=hooks, **settings)
 
 
 @pytest.fixture
@@ -86,6 +96,71 @@ def test_where_not_even_what_must_stay_fits_the_run_stops(path, failing):
     failing(Binding, "numbers", range(100_000))
     with pytest.raises(UserError, match=r"0\.00 GiB of them have to stay"):
         run(path)
+
+
+def test_tables_that_do_not_fit_are_made_again_with_fewer_weights_in_memory(path, failing):
+    expected, told = run(path)[1], []
+    failing(Flux1, "embed", {0})
+    part, given = run(path, told)
+    assert torch.equal(given, expected)
+    [sentence] = told
+    assert " of 16 blocks are streamed from here on" in sentence
+    assert part.residency.resident_bytes == 0
+
+
+def test_control_loras_that_do_not_fit_are_put_on_with_fewer_weights_in_memory(path, failing, monkeypatch):
+    guided = Guidance(guides=[Channels(latents=rows(1, 16, *CELLS, seed=13), lora=make_lora(71, DEEP))])
+    _, expected = run(path, guided=guided)
+    told, real, calls = [], control_lora._moved, iter(range(100))
+
+    def moved(*arguments):
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(control_lora, "_moved", moved)
+    _, given = run(path, told, guided=guided)
+    assert torch.equal(given, expected)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("encoder", [ClipText, T5Encoder])
+def test_a_text_that_cannot_be_encoded_is_encoded_with_fewer_weights_in_memory(failing, encoder):
+    request, told = Request(prompt="a red circle", steps=2), []
+    [expected] = generate(files.open_mini(), request)
+    failing(encoder, "forward", {0})
+    [picture] = generate(files.open_mini(), request, Hooks(warn=told.append))
+    [sentence] = told
+    assert sentence.endswith("blocks are streamed from here on, and the pass is repeated")
+    assert torch.equal(picture.pixels, expected.pixels)
+
+
+def test_a_picture_that_cannot_be_seen_is_seen_with_fewer_weights_in_memory(failing, tmp_path):
+    module = SiglipVision(SIGLIP_MINI)
+    part = open_vision(write_module(tmp_path / "tower.safetensors", module, 7), CPU)
+    views, told = torch.rand(1, 3, SIGLIP_MINI.side, SIGLIP_MINI.side), []
+    with part.resident() as tower:
+        expected = tower(views)
+    failing(SiglipVision, "forward", {0})
+    with part.resident() as tower:
+        assert torch.equal(part.going_on(told.append)(partial(tower, views)), expected)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(("policy", "alone"), [("keep", False), ("save", True)])
+def test_the_transformer_makes_room_for_decoding_where_both_are_too_much(monkeypatch, policy, alone):
+    model, beside, real = files.open_mini(), [], text_to_image.in_strips_if_need
+
+    def decoded(*arguments):
+        beside.append(model.transformer.residency.resident_bytes)
+        return real(*arguments)
+
+    plain = generate(files.open_mini(), Request(prompt="a red circle", steps=2, count=3))
+    monkeypatch.setattr(text_to_image, "in_strips_if_need", decoded)
+    drawn = generate(model, Request(prompt="a red circle", steps=2, count=3, memory=read_policy(policy)))
+    assert [size > 0 for size in beside] == [not alone, not alone, False]
+    for one, other in zip(drawn, plain, strict=True):
+        assert int((one.pixels.int() - other.pixels.int()).abs().max()) <= 1
 
 
 @pytest.mark.parametrize(
