@@ -16,8 +16,9 @@ from ...flux.pipelines.parts import title_of
 from ...flux.pipelines.planning import Job
 from ...flux.specs.fit import Given
 from .ledger import Loaded, Whole, noted
-from .planning import planned_encoder, planned_model, planned_vae, references_of
+from .planning import further_tokens, planned_encoder, planned_model, planned_vae, references_of
 from .residents import residents_of
+from .step_cache import has_step_cache
 
 __all__ = ["job_of_latent", "noted_autoencoder", "noted_encoder", "noted_sampling"]
 
@@ -32,7 +33,8 @@ def noted_sampling(
     entries = [entry for entries in guider.conds.values() for entry in entries or ()]
     job = Job(
         width=noise.shape[-1] * CELL, height=noise.shape[-2] * CELL, batch=len(noise) * _at_once(guider),
-        steps=max(0, len(sigmas) - 1), references=references_of(entries),
+        steps=max(0, len(sigmas) - 1), references=references_of(entries), cached=has_step_cache(patcher),
+        styles=further_tokens(patcher, [entry["cross_attn"] for entry in entries if "cross_attn" in entry]),
     )  # fmt: skip
     title, part = title_of(patcher.model.spec), planned_model(patcher)
     with noted("transformer", title, patcher.load_device, Loaded(patcher), part, job) as meter:

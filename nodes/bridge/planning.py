@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from ...flux.pipelines.text_to_image import round_size
 from ...flux.specs.fit import Given
 from .ledger import AS_LOADED, report_of
 from .residents import residents_of
+from .step_cache import has_step_cache
 from .weights import HOSTS
 
 __all__ = [
-    "job_of", "parts_of", "plan_graph", "planned_encoder", "planned_encoders", "planned_model", "planned_tower",
-    "planned_vae", "reachable", "references_of", "report", "shown",
+    "further_tokens", "job_of", "parts_of", "plan_graph", "planned_encoder", "planned_encoders", "planned_model",
+    "planned_tower", "planned_vae", "reachable", "references_of", "report", "shown",
 ]  # fmt: skip
 
 # What gives a part as it was loaded, or as if it had been loaded under a policy; it holds no model.
@@ -178,12 +179,17 @@ def job_of(
     """
     width, height = (round_size(side) for side in size)
     entries = [extra for _, extra in conditioning or ()]
-    length = max((text.shape[1] for text, _ in conditioning or ()), default=0)
     references = references_of(entries)
     return Job(
         width=width, height=height, batch=2 * batch if both else batch, steps=steps, references=references,
-        views=int(sees), styles=max(0, length - model.model.spec.t5_length), starts=bool(references),
+        views=int(sees), styles=further_tokens(model, [text for text, _ in conditioning or ()]),
+        starts=bool(references), cached=has_step_cache(model),
     )  # fmt: skip
+
+
+def further_tokens(model: Any, texts: Iterable[Tensor]) -> int:
+    """How many tokens stand behind the prompt's, at most, in texts (B, T, width): those of Redux."""
+    return max([0, *(text.shape[1] - model.model.spec.t5_length for text in texts)])
 
 
 def references_of(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, int], ...]:

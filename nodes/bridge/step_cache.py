@@ -16,7 +16,7 @@ from ...flux.pipelines.step_cache import CachedSteps, Evaluation, StepCache, che
 from .experts import STEP_CACHE, our_spec
 from .progress import show
 
-__all__ = ["evaluation_of", "put_step_cache", "settle"]
+__all__ = ["evaluation_of", "has_step_cache", "put_step_cache", "settle"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,11 @@ def put_step_cache(patcher: Any, settings: StepCache) -> Any:
     model.remove_wrappers_with_key(SAMPLER_SAMPLE, STEP_CACHE)
     model.add_wrapper_with_key(SAMPLER_SAMPLE, STEP_CACHE, partial(sample_with_cache, settings))
     return model
+
+
+def has_step_cache(patcher: Any) -> bool:
+    """Whether a MODEL skips steps."""
+    return bool(patcher.get_wrappers(SAMPLER_SAMPLE, STEP_CACHE))
 
 
 def sample_with_cache(

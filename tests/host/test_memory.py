@@ -214,6 +214,20 @@ def test_a_plan_under_another_policy_is_the_plan_of_a_model_that_was_loaded_so(h
     assert told[0] == told[1]
 
 
+def test_a_step_cache_takes_room_in_the_plan(host: Host) -> None:
+    rows, rules = [], {"threshold": 0.1, "max_skips": 2, "warmup": 3}
+    for name in ("model", "cached"):
+        prompt = {**load(), "cached": node("FluxFoundryStepCache", model=["model", 0], **rules)}
+        prompt["plan"] = node(
+            "FluxFoundryMemoryPlan", model=[name, 0], width=1024, height=1024, batch_size=1, steps=STEPS,
+            memory="as loaded",
+        )  # fmt: skip
+        prompt["out"] = node("ProbeTold", text=["plan", 0])
+        text = host.succeed(prompt).report()["text"]
+        rows.append(next(line for line in text.splitlines() if line.startswith("transformer")))
+    assert rows[0] != rows[1]
+
+
 def test_a_report_tells_what_every_stage_took(host: Host) -> None:
     loaders = {**load(memory="save"), **encoders("save")}
     loaders["vae"] = node("FluxFoundryLoadAutoencoder", vae="embedded: flux1-mini-ae")
