@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..images import read_mask, read_picture
+from ..memory.metering import Meter, NoMeter
+from ..memory.plan import StagePlan
 from ..memory.policy import read_policy
 from ..pipelines.parts import open_autoencoder, open_transformer
 from ..pipelines.prompt_cache import PromptCache
@@ -58,6 +60,8 @@ class Job:
         facts: Further settings, which go into the picture.
         files: That were read beside the model's and the pictures, by role.
         profile: ICC profile of what is written; None for none.
+        before: What was planned of stages that ran while the job was made.
+        meter: Of those and of the ones to come.
     """
 
     model: FluxModel
@@ -66,6 +70,8 @@ class Job:
     facts: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     profile: bytes | None = None
+    before: tuple[StagePlan, ...] = ()
+    meter: Meter | NoMeter = field(default_factory=NoMeter)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Desk:
     files: ModelFiles
     seed: int
     warn: Warn
+    meter: Meter | NoMeter
 
     @property
     def device(self) -> torch.device:
@@ -145,8 +152,9 @@ def make_job(arguments: argparse.Namespace, files: ModelFiles, seed: int, warn: 
     module = importlib.import_module(MAKERS[arguments.command], __package__)
     cache = None if arguments.prompt_cache is None else PromptCache(FolderStore(arguments.prompt_cache, tell=warn))
     model = open_model(files, arguments.device, arguments.dtype, arguments.variant, cache)
-    job: Job = module.make(arguments, Desk(model, files, seed, warn))
-    return job
+    meter = Meter(model.transformer.device) if arguments.report else NoMeter()
+    job: Job = module.make(arguments, Desk(model, files, seed, warn, meter))
+    return replace(job, meter=meter)
 
 
 def make(arguments: argparse.Namespace, desk: Desk) -> Job:

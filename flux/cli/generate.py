@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = model_files(arguments, purpose)
     seed = secrets.randbelow(RANDOM_SEEDS) if arguments.seed is None else arguments.seed
     # 2. The engine, which brings torch.
-    from ..memory.metering import Meter, NoMeter
+    from ..memory.metering import Meter
     from ..memory.report import RunReport
     from ..pipelines.denoising import attention_of
     from ..pipelines.hooks import Hooks
@@ -75,9 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         tell(f"attention by {attention.report}")
     # 3. Pictures, each written as soon as it is there.
     record = Record(files, job.model, {**given, **job.files}, notes, attention.report)
-    meter = Meter(job.model.transformer.device) if arguments.report else NoMeter()
-    hooks = Hooks(warn=warn, tell=tell, meter=meter)
-    plan = plan_of(job.model, job.request) if arguments.report else None
+    hooks = Hooks(warn=warn, tell=tell, meter=job.meter)
+    plan = plan_of(job.model, job.request, job.before) if arguments.report else None
     _draw(job, output, record, clock, Bar(arguments.quiet), hooks, tell)
     # 4. What it took, and the record.
     if isinstance(hooks.meter, Meter):

@@ -7,9 +7,10 @@ import argparse
 from torch import Tensor
 
 from ..errors import UserError
+from ..memory.available import available_bytes
 from ..memory.policy import read_policy
 from ..pipelines.planning import Job as Work
-from ..pipelines.planning import grant
+from ..pipelines.planning import grant, plan_run, planned_of_part
 from ..pipelines.redux import ReduxPicture, open_redux_encoder, style_guide
 from ..preprocess.vision import vision_pixels
 from .engine import DTYPES, Desk, Job, guide_of, mask_of, picture_of, request_of, strengths_of
@@ -45,10 +46,16 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
     ]
     guide = guide_of(arguments)
     policy, views = read_policy(arguments.policy), sum(len(picture.views.pixels) for picture in pictures)
-    limits = grant((encoder.tower,), Work(width=desk.side, height=desk.side, views=views), policy).limits
+    work = Work(width=desk.side, height=desk.side, views=views)
+    limits = grant((encoder.tower,), work, policy).limits
+    seen = plan_run(
+        [planned_of_part(encoder.tower)], work, policy,
+        device=str(desk.device), available=available_bytes(desk.device),
+    )  # fmt: skip
+    encoded = encoder.encode_all(pictures, limits=limits, warn=desk.warn, meter=desk.meter)
     guides = [
         style_guide(tokens, strength=strength if by_attention else 1.0, **guide)
-        for tokens, strength in zip(encoder.encode_all(pictures, limits=limits, warn=desk.warn), strengths, strict=True)
+        for tokens, strength in zip(encoded, strengths, strict=True)
     ]
     request = request_of(arguments, desk.seed, width=arguments.width, height=arguments.height, inputs=guides)
     facts: dict[str, object] = {
@@ -62,7 +69,7 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
         "vision": encoder.tower.path.name,
         **({"mask": arguments.mask.name} if mask is not None else {}),
     }
-    return Job(model, request, facts=facts)
+    return Job(model, request, facts=facts, before=seen.stages)
 
 
 def _mask(arguments: argparse.Namespace) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters.guides import MAX_STRENGTH, StyleTokens
 from ..errors import NumericError, UserError
+from ..memory.metering import Meter, NoMeter
 from ..memory.residency import Watch
 from ..models.redux import Redux
 from ..models.vision.siglip import SiglipVision
@@ -102,6 +103,7 @@ class ReduxEncoder:
         watch: Watch | None = None,
         limits: Mapping[str, int | None] | None = None,
         warn: Warn | None = None,
+        meter: Meter | NoMeter | None = None,
     ) -> list[ReduxTokens]:
         """Encode several pictures; tower and adapter are in memory once, and only while they run.
 
@@ -110,15 +112,17 @@ class ReduxEncoder:
             watch: Called before each weight on its way in; may raise to stop.
             limits: Bytes that the weights of "vision" may take; what goes beyond is streamed, layer by layer.
             warn: Told when memory runs out, and what is done about it.
+            meter: Told what the tower takes, view by view.
 
         Raises:
             UserError: A grid is finer than the tower's, or no token would be left.
             NumericError: A result was not finite.
         """
-        limit = None if limits is None else limits.get("vision")
-        with self.tower.resident(watch=watch, limit=limit, tell=warn) as tower:
-            going_on = self.tower.going_on(warn)
-            seen = [going_on(partial(self._look, tower, picture.views.pixels)) for picture in pictures]
+        limit, meter = None if limits is None else limits.get("vision"), meter or NoMeter()
+        resident = self.tower.resident(watch=watch, limit=limit, tell=warn)
+        with self.tower.metered(meter, "vision"), resident as tower:
+            meter.begin()
+            seen = [self._look(tower, picture.views.pixels, warn, meter) for picture in pictures]
         with self.redux.resident(watch=watch, tell=warn) as redux:
             made = [redux(hidden.to(self.redux.device, self.redux.dtype)).float().cpu() for hidden in seen]
         if not all(bool(torch.isfinite(tokens).all()) for tokens in made):
@@ -128,11 +132,14 @@ class ReduxEncoder:
             )
         return [_thinned(tokens, picture) for tokens, picture in zip(made, pictures, strict=True)]
 
-    def _look(self, tower: SiglipVision, pixels: Tensor) -> Tensor:
+    def _look(self, tower: SiglipVision, pixels: Tensor, warn: Warn | None, meter: Meter | NoMeter) -> Tensor:
         """Views (T, 3, side, side) to hidden states (T, g * g, vision width), one by one: alike in any company."""
         assert pixels.shape[1:] == (3, self.tower.spec.side, self.tower.spec.side)
-        placed = pixels.to(self.tower.device, self.tower.dtype)
-        return torch.cat([tower(view[None]) for view in placed])
+        going_on, hidden = self.tower.going_on(warn), []
+        for view in pixels.to(self.tower.device, self.tower.dtype):
+            hidden.append(going_on(partial(tower, view[None])))
+            meter.tick()
+        return torch.cat(hidden)
 
 
 def _thinned(tokens: Tensor, picture: ReduxPicture) -> ReduxTokens:

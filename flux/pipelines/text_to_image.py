@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..adapters.channels import CELL
 from ..adapters.guides import Reference, StyleTokens
 from ..errors import NumericError, UserError
 from ..memory.available import available_bytes
-from ..memory.plan import RunPlan
+from ..memory.plan import RunPlan, StagePlan
 from ..memory.policy import Policy
 from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
@@ -291,18 +291,24 @@ def _job(request: Request, plan: _Plan) -> Job:
     )
 
 
-def plan_of(model: FluxModel, request: Request) -> RunPlan:
+def plan_of(model: FluxModel, request: Request, before: Sequence[StagePlan] = ()) -> RunPlan:
     """What a request will take, stage by stage, under its policy.
+
+    Args:
+        model: That draws.
+        request: What to draw.
+        before: Stages of the run that come before, such as a vision tower's.
 
     Raises:
         UserError: Something asked for cannot be done.
     """
     parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
     device = model.transformer.device
-    return plan_run(
+    plan = plan_run(
         [planned_of_part(part) for part in parts], _job(request, _plan(model, request, Hooks())), request.memory,
         device=str(device), available=available_bytes(device),
     )  # fmt: skip
+    return replace(plan, stages=(*before, *plan.stages))
 
 
 def _encode_prompts(

@@ -159,3 +159,10 @@ def test_a_policy_streams_the_vision_tower(redux, two, monkeypatch):
 def test_a_budget_below_what_the_tower_needs_is_refused(redux, two):
     said = redux(*two, "--policy", "0.0005", code=2)
     assert "a budget of 0.0005 GiB is below the least that this takes, 0.01 GiB; raise it" in said.err[-1]
+
+
+def test_a_report_has_the_vision_tower_beside_its_plan(redux, two, tmp_path):
+    redux(*two, "--report", "--record")
+    stages = json.loads((tmp_path / "a.json").read_text())["memory"]["stages"]
+    assert len(stages["vision"]["taken"]["pass_seconds"]) == 2  # a view of each picture
+    assert stages["vision"]["planned"]["resident_bytes"] == stages["vision"]["taken"]["resident_bytes"] > 0
