@@ -21,7 +21,7 @@ from flux.ops.host_heap import keeping_freed_memory
 
 def work():
     for _ in range(8):
-        blocks = [torch.ones(20 << 18) for _ in range(5)]  # 20 MiB each
+        blocks = [torch.ones(40 << 18) for _ in range(3)]  # 40 MiB each, more than glibc ever keeps by itself
         del blocks
 
 def faults():
@@ -52,11 +52,11 @@ def has_glibc() -> bool:
 @pytest.mark.skipif(not has_glibc(), reason="this system has another C library")
 def test_no_page_comes_anew_inside_and_all_go_back_behind():
     usual, kept, given_back, later = run_without_settings(SCRIPT)
-    pages = 20 * MIB // os.sysconf("SC_PAGE_SIZE")
-    assert usual > 8 * pages  # else there is nothing to be saved
-    assert kept < pages
+    pages = 40 * MIB // os.sysconf("SC_PAGE_SIZE")
+    assert usual > 2 * pages  # of 24, if none come in large pages; else there is nothing to be saved
+    assert kept < pages // 4
     assert given_back > 50 * MIB
-    assert later > 8 * pages
+    assert later > 2 * pages
 
 
 class Recorded:
