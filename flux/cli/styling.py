@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..memory.available import available_bytes
+from ..memory.plan import StagePlan
 from ..memory.policy import read_policy
 from ..pipelines.planning import Job as Work
 from ..pipelines.planning import grant, plan_run, planned_of_part
@@ -48,10 +49,12 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
     policy, views = read_policy(arguments.policy), sum(len(picture.views.pixels) for picture in pictures)
     work = Work(width=desk.side, height=desk.side, views=views)
     limits = grant((encoder.tower,), work, policy).limits
-    seen = plan_run(
-        [planned_of_part(encoder.tower)], work, policy,
-        device=str(desk.device), available=available_bytes(desk.device),
-    )  # fmt: skip
+    before: tuple[StagePlan, ...] = ()
+    if arguments.report:
+        free = available_bytes(desk.device)
+        before = plan_run(
+            [planned_of_part(encoder.tower)], work, policy, device=str(desk.device), available=free
+        ).stages
     encoded = encoder.encode_all(pictures, limits=limits, warn=desk.warn, meter=desk.meter)
     guides = [
         style_guide(tokens, strength=strength if by_attention else 1.0, **guide)
@@ -69,7 +72,7 @@ def make(arguments: argparse.Namespace, desk: Desk) -> Job:
         "vision": encoder.tower.path.name,
         **({"mask": arguments.mask.name} if mask is not None else {}),
     }
-    return Job(model, request, facts=facts, before=seen.stages)
+    return Job(model, request, facts=facts, before=before)
 
 
 def _mask(arguments: argparse.Namespace) -> Tensor | None:

@@ -1,8 +1,8 @@
 """The C library's heap on the host: while a model runs, what its layers let go is kept for the next ones.
 
 glibc gives a large block back to the system as soon as it is freed, and the system zeroes it anew, page by page, for
-the next layer, which asks for the same size. In a FLUX.1 step on a CPU that was 3 to 5 % of the time. Other libraries,
-and other systems, have ways of their own and are left alone, as is a heap that the user has set up.
+the next layer, which asks for the same size, in every step. Other libraries, and other systems, have ways of their own
+and are left alone, as is a heap that the user has set up.
 """
 
 from __future__ import annotations

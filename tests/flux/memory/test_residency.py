@@ -9,6 +9,7 @@ from torch import nn
 from flux.memory.residency import Residency
 from flux.ops.layers import on_meta
 from flux.ops.packed import Embedding, Linear
+from tests import whole
 
 WEIGHTS = {
     "stored.a.weight": torch.arange(12.0).view(3, 4),
@@ -27,23 +28,16 @@ class Two(nn.Module):
         self.ab = nn.Linear(3, 2, bias=False)
 
 
-class Stored:
+class Stored(whole.Stored):
     """A weight that is stored as bytes, each for a whole number."""
 
     def __init__(self, name, tensor, reads):
-        self.name, self.tensor, self.reads = name, tensor, reads
+        super().__init__(tensor)
+        self.name, self.reads = name, reads
 
     @property
     def nbytes(self):
         return self.tensor.numel()
-
-    @property
-    def parameters(self):
-        return self.tensor.numel()
-
-    @property
-    def pieces(self):
-        return (self.nbytes,)
 
     def numbers(self, dtype, device=None):
         self.reads.append(self.name)
