@@ -1,7 +1,7 @@
 """What a run would take, planned from headers or from specs alone, before a weight is read.
 
-Activations are found by running each module on the meta device (``memory.tracing``); weights are counted
-(``memory.accounts``); policies say what stays (``memory.policy``).
+Activations are those of ``stage_work``; weights are counted (``memory.accounts``); policies say what stays
+(``memory.policy``).
 """
 
 from __future__ import annotations
@@ -13,28 +13,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..adapters.channels import CELL
 from ..errors import BudgetError
 from ..memory.accounts import Accounts, Size
 from ..memory.available import available_bytes
 from ..memory.plan import Rates, RunPlan, StagePlan
 from ..memory.policy import AUTO, KEEP, Needs, Policy, allowed, needs_strips, weights_limit
-from ..memory.tracing import Traced, trace
-from ..models.flux1 import Conditions, Flux1
-from ..models.positions import image_ids, reference_ids, text_ids
-from ..ops.layers import on_meta
-from ..sampling.packing import PATCH, pack, unpack
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
 from ..weights.formats.floats import BF16
-from .modules import block_names, build_of, parameter_shapes
+from .modules import block_names, parameter_shapes
 from .parts import BoundPart, Part, packs_on, title_of, widens_at_use
-from .step_cache import CachedSteps, StepCache
-from .strips import Striped
+from .stage_work import Job, cache_bytes, comes_once, module_of, table_bytes, work
 
 __all__ = [
     "Grant",
@@ -56,41 +48,6 @@ LARGE_STORED = 50 << 20  # bytes of weights, from which on matrices are large en
 IN_STRIPS = {"decode": 2.0, "encode": 1.5}  # times the operations: what stands before norms is computed again
 PER_PIXEL = 4096  # bytes, more than an autoencoder or a step of a transformer takes: FLUX.1's takes 3072 in fp32
 PLENTY = 0.25  # of free memory: the rest is far more than a run's activations
-LONG = torch.int64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be drawn, as far as memory goes.
-
-    Attributes:
-        width: Pixels.
-        height: Pixels.
-        batch: Pictures at once.
-        steps: Of the schedule.
-        prompts: That are encoded and run: two with true guidance.
-        references: Width and height in pixels of pictures that the model may look at.
-        starts: Whether a picture is encoded: to start from, to fill, to follow.
-        views: Views that a vision tower sees.
-        styles: Further text tokens, of Redux.
-        cached: Whether the transformer runs with a step cache.
-    """
-
-    width: int
-    height: int
-    batch: int = 1
-    steps: int = 28
-    prompts: int = 1
-    references: tuple[tuple[int, int], ...] = ()
-    starts: bool = False
-    views: int = 0
-    styles: int = 0
-    cached: bool = False
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        """Rows and columns of latent cells."""
-        return self.height // CELL, self.width // CELL
 
 
 @dataclass(frozen=True)
@@ -124,7 +81,7 @@ def planned_of_spec(spec: Any, dtype: torch.dtype, device: torch.device | None =
         dtype: Of its numbers where it runs.
         device: Where that is; a GPU when None.
     """
-    module, shapes = _module(spec, dtype), parameter_shapes(spec)
+    module, shapes = module_of(spec, dtype), parameter_shapes(spec)
     assert shapes is not None
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     sizes = {name: Size(count, (count * torch.bfloat16.itemsize,)) for name, count in counts.items()}
@@ -197,7 +154,7 @@ def _together(parts: Sequence[Planned], plan: RunPlan, job: Job) -> int:
     stages = {stage.name: stage for stage in plan.stages}
     if not {"transformer", "decode"} <= set(stages):
         return 0
-    beside = sum(_table_bytes(part.spec, part.dtype, job) + _cache_bytes(part, job) for part in parts)
+    beside = sum(table_bytes(part.spec, part.dtype, job) + cache_bytes(part.spec, part.dtype, job) for part in parts)
     return stages["transformer"].footprint.device_bytes + beside + stages["decode"].peak_bytes
 
 
@@ -255,7 +212,7 @@ def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = N
     only = "vision" if isinstance(spec, SiglipSpec) else ALONE.get(type(spec))
     wanted = stage or only
     assert wanted is not None
-    return _work(spec, wanted, dtype, job, in_strips=in_strips).peak + _table_bytes(spec, dtype, job)
+    return work(spec, wanted, dtype, job, in_strips=in_strips).peak + table_bytes(spec, dtype, job)
 
 
 def _or_too_little(plan: Callable[..., StagePlan], part: Planned, name: str) -> StagePlan | BudgetError:
@@ -275,12 +232,12 @@ def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:
 
 
 def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, available: int, on_cpu: bool) -> StagePlan:
-    found = _work(part.spec, name, part.dtype, job)
+    found = work(part.spec, name, part.dtype, job)
     policy = part.policy or policy
-    apart = _comes_once(part.spec) if part.apart is None else part.apart
+    apart = comes_once(part.spec) if part.apart is None else part.apart
     accounts = part.accounts
     whole, least = accounts.footprint(apart), accounts.footprint(apart, 0)
-    table = _table_bytes(part.spec, part.dtype, job) + _cache_bytes(part, job)
+    table = table_bytes(part.spec, part.dtype, job) + cache_bytes(part.spec, part.dtype, job)
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
     packed = max(once, accounts.unpacked_bytes(accounts.packable))
@@ -290,7 +247,7 @@ def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, availa
     in_strips = isinstance(part.spec, AutoencoderSpec) and needs_strips(policy, needs, available)
     operations = found.operations
     if in_strips:
-        striped = _work(part.spec, name, part.dtype, job, in_strips=True)
+        striped = work(part.spec, name, part.dtype, job, in_strips=True)
         # Of small pictures strips take more than one piece, which is the least then that a budget has to have room for.
         in_strips = policy.budget is None or striped.peak < found.peak
     if in_strips:
@@ -322,105 +279,3 @@ def _packing_bytes() -> int:
 def _passes(name: str, job: Job) -> int:
     passes = {"transformer": job.steps, "vision": job.views, "decode": job.batch}
     return passes.get(name, 1) * (job.prompts if name in PROMPTED else 1)
-
-
-def _comes_once(spec: Any) -> tuple[str, ...]:
-    """What is made into a table before the first pass, and then let go."""
-    return tuple(_module(spec, torch.float32).modulation_layers()) if isinstance(spec, Flux1Spec) else ()
-
-
-def _table_bytes(spec: Any, dtype: torch.dtype, job: Job) -> int:
-    """Of the modulations of every step."""
-    if not isinstance(spec, Flux1Spec):
-        return 0
-    layers = _module(spec, torch.float32).modulation_layers().values()
-    return job.steps * job.prompts * dtype.itemsize * sum(int(layer.out_features) for layer in layers)
-
-
-def _cache_bytes(part: Planned, job: Job) -> int:
-    """What a step cache keeps of the last step: what the first block did to the picture, the others to all tokens."""
-    if not isinstance(part.spec, Flux1Spec) or not job.cached:
-        return 0
-    own, beside = _tokens([job.cells]), _tokens(_reference_cells(job))
-    found = 2 * job.prompts - 1  # of each prompt the last step's and, but for the one that runs, this one's
-    return found * job.batch * (2 * own + beside) * part.spec.hidden * part.dtype.itemsize
-
-
-@functools.lru_cache(32)
-def _module(spec: Any, dtype: torch.dtype) -> Any:
-    """A part's module on the meta device."""
-    build = build_of(spec)
-    assert build is not None, "a part that is planned can run"
-    with on_meta():
-        return build(spec).to(dtype).eval()
-
-
-@functools.lru_cache(256)
-def _work(spec: Any, stage: str, dtype: torch.dtype, job: Job, *, in_strips: bool = False) -> Traced:
-    """What one pass of a stage makes."""
-    module = _module(spec, dtype)
-    runs = Striped(module) if in_strips else module
-    return trace(module, functools.partial(WORK[type(spec)], runs, spec, stage, dtype, job))
-
-
-def _run_transformer(module: Flux1, spec: Flux1Spec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Tensor]:
-    rows, columns = job.cells
-    latents = torch.empty(job.batch, spec.in_channels // PATCH**2, rows, columns)
-    sizes = _reference_cells(job)
-    beside = torch.empty(1, _tokens(sizes), spec.in_channels, dtype=dtype)
-    length = spec.t5_length + job.styles
-    text = torch.empty(1, length, spec.context_width, dtype=dtype).expand(job.batch, -1, -1)
-    ids = image_ids(rows // PATCH, columns // PATCH)
-    if sizes:
-        ids = torch.cat((ids, reference_ids(sizes, (rows, columns))))
-    modulations = module.modulate(torch.empty(1, spec.hidden, dtype=dtype))
-    cached = CachedSteps(StepCache(), (1.0, 0.0)) if job.cached else None
-
-    def step() -> Tensor:
-        image = torch.cat((pack(latents.to(dtype)), beside.expand(job.batch, -1, -1)), dim=1)
-        own = rows * columns // PATCH**2
-        evaluation = None if cached is None else cached.evaluation((stage,), 1.0, own=own, blocks=0)
-        out = module(image, Conditions(text, text_ids(length), ids), modulations, shortcut=evaluation)
-        return unpack(out[:, :own].float(), rows, columns)
-
-    return step
-
-
-def _reference_cells(job: Job) -> list[tuple[int, int]]:
-    """Rows and columns of latent cells of each reference."""
-    return [(height // CELL, width // CELL) for width, height in job.references]
-
-
-def _tokens(sizes: Sequence[tuple[int, int]]) -> int:
-    """Of pictures of these rows and columns of latent cells."""
-    return sum(-(-height // PATCH) * -(-width // PATCH) for height, width in sizes)
-
-
-def _run_autoencoder(module: Any, spec: AutoencoderSpec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
-    rows, columns = job.cells
-    if stage == "encode":
-        pixels = torch.empty(1, 3, job.height, job.width)
-        return lambda: module.encode(pixels.to(dtype)).float()
-    latents = torch.empty(1, spec.latent_channels, rows, columns)
-    return lambda: module.decode(latents.to(dtype)).float()
-
-
-def _run_t5(module: nn.Module, spec: T5Spec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
-    ids = torch.empty(1, spec.length, dtype=LONG)
-    return lambda: module(ids).float()
-
-
-def _run_clip(module: nn.Module, spec: ClipTextSpec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
-    ids = torch.empty(1, spec.positions, dtype=LONG)
-    return lambda: module(ids)[1].float()
-
-
-def _run_vision(module: nn.Module, spec: SiglipSpec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
-    pixels = torch.empty(1, 3, spec.side, spec.side)
-    return lambda: module(pixels.to(dtype)).float()
-
-
-WORK: Mapping[type, Callable[..., Callable[[], Any]]] = {  # what makes, on the meta device, one pass of a stage
-    Flux1Spec: _run_transformer, AutoencoderSpec: _run_autoencoder, T5Spec: _run_t5, ClipTextSpec: _run_clip,
-    SiglipSpec: _run_vision,
-}  # fmt: skip
