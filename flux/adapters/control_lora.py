@@ -75,6 +75,12 @@ class ControlLora:
     norms: Mapping[str, Tensor]
     channels: int
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers."""
+        tensors = [tensor for layer in self.layers.values() for tensor in layer if tensor is not None]
+        return sum(tensor.numel() for tensor in (*tensors, *self.norms.values()))
+
 
 def check_control_lora(lora: ControlLora, spec: Flux1Spec) -> None:
     """Refuse a LoRA that was made for a model of another size; of its task nothing tells.

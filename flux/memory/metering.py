@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import torch
 
 from .streamed import Passed
 
-__all__ = ["Gauge", "Meter", "Metered", "NoMeter", "StageActual", "gauge_for"]
+__all__ = ["Gauge", "Meter", "Metered", "NoMeter", "Several", "StageActual", "gauge_for"]
 
 LOOK_EVERY = 0.01  # seconds
 
@@ -30,6 +30,24 @@ class Metered(Protocol):
     def resident_bytes(self) -> int: ...
     @property
     def passed(self) -> Passed: ...
+
+
+@dataclass(frozen=True)
+class Several:
+    """The weights of several modules that one stage runs with."""
+
+    modules: Sequence[Metered]
+
+    @property
+    def resident_bytes(self) -> int:
+        """See ``Metered``."""
+        return sum(own.resident_bytes for own in self.modules)
+
+    @property
+    def passed(self) -> Passed:
+        """See ``Metered``."""
+        found = [own.passed for own in self.modules]
+        return Passed(sum(own.bytes for own in found), sum(own.waited for own in found))
 
 
 @dataclass

@@ -29,12 +29,14 @@ class StagePlan:
     """One stage of a run.
 
     Attributes:
-        name: Its key: "clip", "t5", "vision", "encode", "transformer" or "decode".
+        name: Its key: "clip", "t5", "vision", "encode", "transformer" or "decode"; and for each further transformer,
+            that takes its steps between those of the first, "transformer 2" and so on.
         title: What runs in it.
         weights: Bytes of its weights as they are stored.
         footprint: Of them on the device.
         activations: The most bytes of tensors that it makes.
         workspace: Bytes for what is unpacked at use.
+        beside: Bytes of what stays beside it: control LoRAs, and further transformers that the run has.
         once: Bytes that are brought once and let go, before the first pass.
         passes: How often its blocks run.
         operations: Of one pass.
@@ -48,6 +50,7 @@ class StagePlan:
     footprint: Footprint
     activations: int
     workspace: int = 0
+    beside: int = 0
     once: int = 0
     passes: int = 1
     operations: float = 0.0
@@ -72,7 +75,7 @@ class StagePlan:
     @property
     def peak_bytes(self) -> int:
         """The most that it takes at once."""
-        return self.footprint.device_bytes + self.activations + self.workspace
+        return self.footprint.device_bytes + self.activations + self.workspace + self.beside
 
     def seconds(self, rates: Rates) -> float:
         """How long it takes: what stays is brought once, what is streamed comes while blocks run."""
@@ -91,6 +94,7 @@ class StagePlan:
             "once_bytes": self.once,
             "activation_bytes": self.activations,
             "workspace_bytes": self.workspace,
+            "beside_bytes": self.beside,
             "peak_bytes": self.peak_bytes,
             "blocks": len(streamed.kept),
             "blocks_streamed": list(streamed.streamed),

@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, h and w in latent cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from ..adapters.control_lora import Attachment, attached
 from ..adapters.guides import Channels, StyleTokens
 from ..errors import NumericError
 from ..memory.exhaustion import Fallback
+from ..memory.metering import Several
 from ..memory.spread import shares
 from ..models.flux1 import Flux1
 from ..ops.attention_backends import AUTO, Attention, Case, choose_attention, until_finite
@@ -26,12 +27,13 @@ from ..sampling.solvers import OnStep, evaluation_sigmas, solver
 from ..specs.flux1 import Flux1Spec
 from .denoiser import Denoiser, Engine, Guidance
 from .hooks import Hooks
-from .parts import Part
+from .parts import Part, title_of
 from .prompts import EncodedPrompt
 from .step_cache import CachedSteps
 
 __all__ = [
-    "TRANSFORMER", "Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "attention_of", "denoise", "prepared", "walk",
+    "TRANSFORMER", "Denoiser", "Engine", "Guidance", "Hooks", "Velocity", "attention_of", "denoise", "metered",
+    "prepared", "walk",
 ]  # fmt: skip
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -75,7 +77,7 @@ def denoise(
         guidance=guidance, negative=negative, cfg=cfg, solver_name=solver_name, tables=tables, hooks=hooks,
         guided=guided, limit=limit, cached=cached, attention=attention, compiled=compiled,
     )  # fmt: skip
-    with part.metered(hooks.meter, TRANSFORMER), ready as velocity:
+    with metered(part, guided, hooks), ready as velocity:
         return walk(
             velocity, noise, sigmas,
             device=part.device, solver_name=solver_name, latents=latents, mask=mask, hooks=hooks,
@@ -221,6 +223,13 @@ def _shares(parts: Sequence[Part[Flux1Spec, Flux1]], limit: int | None, *, table
         accounts, apart = part.residency.accounts, _apart(part, tables=tables)
         needs.append((accounts.footprint(apart, 0).device_bytes, accounts.footprint(apart).device_bytes))
     return shares(limit, needs)
+
+
+def metered(part: Part[Flux1Spec, Flux1], guided: Guidance | None, hooks: Hooks) -> AbstractContextManager[None]:
+    """Have a meter note what a run's transformers take, as one stage."""
+    further = () if guided is None else guided.models.values()
+    modules = [own.residency for own in dict.fromkeys((part, *further))]
+    return hooks.meter.stage(TRANSFORMER, title_of(part.spec), Several(modules))
 
 
 def attention_of(

@@ -26,6 +26,7 @@ STACK = (  # what a bar is made of, from the left: attribute, legend, colour
     ("ring_bytes", "buffers of streamed weights", "#56c2b6"),
     ("activations", "activations", "#e0a33e"),
     ("workspace", "unpacked at use", "#c773c9"),
+    ("beside", "other models", "#8f97a3"),
 )
 WIDTH, MARGIN, LABEL, AMOUNT = 960, 20, 190, 96  # pixels
 BAR, GAP, TOP, SCALE, LEGEND = 30, 20, 60, 34, 34
@@ -82,7 +83,7 @@ def draw_plan(plan: RunPlan, taken: Mapping[str, StageActual] | None = None) -> 
         pen.line((x, TOP - GAP // 2, x, bottom - GAP // 2), OVER, 2)
         what = "budget" if plan.policy.budget is not None else "free"
         _text(pen, (x, TOP - GAP), f"{what} {spelled(line)}", SMALL, OVER, "ms")
-    _legend(pen, bottom + SCALE, with_taken=bool(taken))
+    _legend(pen, bottom + SCALE, plan, taken=bool(taken))
     return picture
 
 
@@ -129,9 +130,10 @@ def _scale(pen: Pen, ruler: _Ruler, bottom: int) -> None:
     _text(pen, (WIDTH - MARGIN, bottom + 4), "GiB" if unit == GIB else "MiB", SMALL, FAINT, "ra")
 
 
-def _legend(pen: Pen, y: int, *, with_taken: bool) -> None:
+def _legend(pen: Pen, y: int, plan: RunPlan, *, taken: bool) -> None:
     x = MARGIN + LABEL
-    for _, words, colour in (*STACK, *([("", "taken", TAKEN)] if with_taken else [])):
+    used = [row for row in STACK if row[0] != "beside" or any(stage.beside for stage in plan.stages)]
+    for _, words, colour in (*used, *([("", "taken", TAKEN)] if taken else [])):
         pen.rectangle((x, y, x + 12, y + 12), colour)
         _text(pen, (x + 18, y - 2), words, SMALL)
         x += 34 + round(pen.textlength(words, font=_font(SMALL)))

@@ -43,7 +43,7 @@ def _row(stage: StagePlan, plan: RunPlan) -> tuple[str, ...]:
         human_bytes(stage.weights),
         spelled(stage.resident_bytes + stage.ring_bytes),
         spelled(stage.streamed_bytes) if stage.streamed_bytes else "-",
-        spelled(stage.activations + stage.workspace),
+        spelled(stage.activations + stage.workspace + stage.beside),
         spelled(stage.peak_bytes),
         "-" if plan.rates is None else f"{stage.seconds(plan.rates):.1f} s",
     )
@@ -59,6 +59,8 @@ def _streaming(plan: RunPlan) -> Iterator[str]:
             )
         if stage.in_strips:
             yield f"{stage.title}: {'encodes' if stage.name == 'encode' else 'decodes'} in strips of rows."
+        if stage.beside:
+            yield f"{stage.title}: {spelled(stage.beside)} of control LoRAs and other models stay beside it."
         if stage.once:
             yield f"{stage.title}: {spelled(stage.once)} of modulation weights come once and do not stay."
 

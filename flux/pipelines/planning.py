@@ -19,6 +19,8 @@ from ..memory.accounts import Accounts, Size
 from ..memory.available import available_bytes
 from ..memory.plan import Rates, RunPlan, StagePlan
 from ..memory.policy import AUTO, KEEP, Needs, Policy, allowed, needs_strips, weights_limit
+from ..memory.spread import Footprint, shares
+from ..memory.tracing import Traced
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
@@ -36,6 +38,7 @@ __all__ = [
     "plan_run",
     "planned_of_file",
     "planned_of_part",
+    "planned_of_parts",
     "planned_of_spec",
     "working_bytes",
 ]
@@ -60,6 +63,7 @@ class Planned:
         dtype: Of its numbers where they are unpacked.
         policy: Its own; the run's when None.
         apart: The prefixes of what does not stay; by its kind when None.
+        further: Bytes that stay with its weights: of control LoRAs.
     """
 
     spec: Any
@@ -67,6 +71,7 @@ class Planned:
     dtype: torch.dtype
     policy: Policy | None = None
     apart: tuple[str, ...] | None = None
+    further: int = 0
 
     @property
     def title(self) -> str:
@@ -105,9 +110,19 @@ def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, 
     return Planned(bound.recognised.spec, accounts, dtype)
 
 
-def planned_of_part(part: Part[Any, Any]) -> Planned:
-    """A part that is opened."""
-    return Planned(part.spec, part.residency.accounts, part.dtype)
+def planned_of_part(part: Part[Any, Any], further: int = 0) -> Planned:
+    """A part that is opened, and bytes that stay with its weights."""
+    return Planned(part.spec, part.residency.accounts, part.dtype, further=further)
+
+
+def planned_of_parts(parts: Sequence[Part[Any, Any]], further: int = 0) -> list[Planned]:
+    """Parts that are opened.
+
+    Args:
+        parts: Of a run.
+        further: Bytes of what stays with the first one's weights.
+    """
+    return [planned_of_part(part, 0 if index else further) for index, part in enumerate(parts)]
 
 
 @dataclass(frozen=True)
@@ -125,22 +140,23 @@ class Grant:
     decodes_alone: bool = False
 
 
-def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> Grant:
+def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy, further: int = 0) -> Grant:
     """What a policy grants the stages of a run.
 
     Args:
-        parts: On one device.
+        parts: On one device; see ``plan_run``.
         job: What is to be drawn.
         policy: How much memory may be taken.
+        further: See ``planned_of_parts``.
 
     Raises:
         BudgetError: A budget is below what a stage can do with.
     """
     device = parts[0].device
     available = available_bytes(device)
-    if policy.name == KEEP or (policy.name == AUTO and _is_plenty(parts, job, available)):
+    planned = planned_of_parts(parts, further)
+    if policy.name == KEEP or (policy.name == AUTO and _is_plenty(planned, job, available)):
         return Grant()
-    planned = [planned_of_part(part) for part in parts]
     plan = plan_run(planned, job, policy, device=str(device), available=available)
     return Grant(
         {stage.name: stage.limit for stage in plan.stages},
@@ -154,14 +170,15 @@ def _together(parts: Sequence[Planned], plan: RunPlan, job: Job) -> int:
     stages = {stage.name: stage for stage in plan.stages}
     if not {"transformer", "decode"} <= set(stages):
         return 0
-    beside = sum(table_bytes(part.spec, part.dtype, job) + cache_bytes(part.spec, part.dtype, job) for part in parts)
-    return stages["transformer"].footprint.device_bytes + beside + stages["decode"].peak_bytes
+    tables = table_bytes(parts[0].spec, parts[0].dtype, job) + cache_bytes(parts[0].spec, parts[0].dtype, job)
+    own = stages["transformer"]
+    return own.footprint.device_bytes + own.beside + tables + stages["decode"].peak_bytes
 
 
-def _is_plenty(parts: Sequence[Part[Any, Any]], job: Job, available: int) -> bool:
+def _is_plenty(parts: Sequence[Planned], job: Job, available: int) -> bool:
     """Whether there is no need to look closer: a run takes a small share of what is free."""
     pixels = job.batch * job.width * job.height + sum(width * height for width, height in job.references)
-    weights = max(part.residency.accounts.footprint().device_bytes for part in parts)
+    weights = max(sum(part.accounts.footprint().device_bytes + part.further for part in own) for own in _groups(parts))
     return weights + PER_PIXEL * pixels <= PLENTY * available
 
 
@@ -177,7 +194,8 @@ def plan_run(
     """Plan every stage of a run.
 
     Args:
-        parts: The model's, in any order.
+        parts: The model's, in any order. Where there are several transformers, the first one is the run's own; they are
+            in memory together, and each further one has a stage beside it ("transformer 2").
         job: What is to be drawn.
         policy: How much memory may be taken by parts that have no policy of their own.
         device: Where.
@@ -188,14 +206,14 @@ def plan_run(
         BudgetError: A budget is below what a stage can do with.
     """
     on_cpu = torch.device(device).type == "cpu"
-    plan = functools.partial(_planned_stage, job=job, policy=policy, available=available, on_cpu=on_cpu)
-    found = [_or_too_little(plan, part, name) for part in parts for name in _stages_of(part.spec, job)]
+    plan = functools.partial(_planned_stages, job=job, policy=policy, available=available, on_cpu=on_cpu)
+    found = [_or_too_little(plan, group, name) for group in _groups(parts) for name in _stages_of(group[0].spec, job)]
     short = [stage for stage in found if isinstance(stage, BudgetError)]
     if short:  # the stage that takes most says what would do for all
         raise max(short, key=lambda error: error.least)
-    stages = [stage for stage in found if isinstance(stage, StagePlan)]
+    stages = [stage for own in found if not isinstance(own, BudgetError) for stage in own]
     order = {name: index for index, name in enumerate(STAGES)}
-    stages.sort(key=lambda stage: order[stage.name])
+    stages.sort(key=lambda stage: order[stage.name.split()[0]])
     return RunPlan(tuple(stages), policy, device, available, rates)
 
 
@@ -215,10 +233,18 @@ def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = N
     return work(spec, wanted, dtype, job, in_strips=in_strips).peak + table_bytes(spec, dtype, job)
 
 
-def _or_too_little(plan: Callable[..., StagePlan], part: Planned, name: str) -> StagePlan | BudgetError:
-    """A stage's plan, or why it has none."""
+def _groups(parts: Sequence[Planned]) -> list[list[Planned]]:
+    """What is in memory at once: all transformers of a run, and every other part by itself."""
+    transformers = [part for part in parts if isinstance(part.spec, Flux1Spec)]
+    return [*([transformers] if transformers else []), *([part] for part in parts if part not in transformers)]
+
+
+def _or_too_little(
+    plan: Callable[..., list[StagePlan]], group: Sequence[Planned], name: str
+) -> list[StagePlan] | BudgetError:
+    """The plans of a stage, or why it has none."""
     try:
-        return plan(part, name)
+        return plan(group, name)
     except BudgetError as error:
         return error
 
@@ -231,43 +257,124 @@ def _stages_of(spec: Any, job: Job) -> tuple[str, ...]:
     return (ALONE[type(spec)],) if type(spec) in ALONE else ()
 
 
-def _planned_stage(part: Planned, name: str, *, job: Job, policy: Policy, available: int, on_cpu: bool) -> StagePlan:
-    found = work(part.spec, name, part.dtype, job)
-    policy = part.policy or policy
-    apart = comes_once(part.spec) if part.apart is None else part.apart
-    accounts = part.accounts
-    whole, least = accounts.footprint(apart), accounts.footprint(apart, 0)
-    table = table_bytes(part.spec, part.dtype, job) + cache_bytes(part.spec, part.dtype, job)
+@dataclass(frozen=True)
+class _Use:
+    """What a part takes in a stage, whatever it is granted.
+
+    Attributes:
+        part: The part.
+        apart: The prefixes of what does not stay.
+        made: By one pass.
+        beside: Bytes that stay with its weights: tables of modulations, a step cache, control LoRAs.
+        unpacked: Bytes of a weight that is unpacked at use, where all stay.
+        streamed: The same where some are streamed.
+        packing: Bytes that libraries for matrix products keep.
+    """
+
+    part: Planned
+    apart: tuple[str, ...]
+    made: Traced
+    beside: int
+    unpacked: int
+    streamed: int
+    packing: int
+
+    def weights(self, limit: int | None = None) -> Footprint:
+        """Where the weights are under a limit in bytes."""
+        return self.part.accounts.footprint(self.apart, limit)
+
+    @property
+    def needs(self) -> Needs:
+        """What it can do with alone."""
+        working = self.made.peak + max(self.unpacked, self.streamed) + self.packing + self.beside
+        return Needs(self.weights().device_bytes, self.weights(0).device_bytes, working)
+
+
+def _use(part: Planned, name: str, job: Job, *, on_cpu: bool) -> _Use:
+    apart, accounts = comes_once(part.spec) if part.apart is None else part.apart, part.accounts
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
-    packed = max(once, accounts.unpacked_bytes(accounts.packable))
-    streamed = accounts.unpacked_bytes(name for block in accounts.blocks for name in accounts.names_in(block, apart))
-    packing = _packing_bytes() if on_cpu and accounts.stored_bytes() > LARGE_STORED else 0
-    needs = Needs(whole.device_bytes, least.device_bytes, found.peak + table + max(packed, streamed) + packing)
-    in_strips = isinstance(part.spec, AutoencoderSpec) and needs_strips(policy, needs, available)
-    operations = found.operations
+    inside = (name for block in accounts.blocks for name in accounts.names_in(block, apart))
+    return _Use(
+        part, apart, work(part.spec, name, part.dtype, job),
+        beside=table_bytes(part.spec, part.dtype, job) + cache_bytes(part.spec, part.dtype, job) + part.further,
+        unpacked=max(once, accounts.unpacked_bytes(accounts.packable)),
+        streamed=max(once, accounts.unpacked_bytes(accounts.packable), accounts.unpacked_bytes(inside)),
+        packing=_packing_bytes() if on_cpu and accounts.stored_bytes() > LARGE_STORED else 0,
+    )  # fmt: skip
+
+
+def _together_needs(uses: Sequence[_Use]) -> Needs:
+    """What parts can do with that are in memory at once, and run one after the other."""
+    needs = [use.needs for use in uses]
+    stays = sum(use.beside for use in uses)
+    working = max(need.working - use.beside for need, use in zip(needs, uses, strict=True)) + stays
+    return Needs(sum(need.whole for need in needs), sum(need.least for need in needs), working)
+
+
+def _planned_stages(
+    parts: Sequence[Planned], name: str, *, job: Job, policy: Policy, available: int, on_cpu: bool
+) -> list[StagePlan]:
+    """A stage of the first part; and of further ones that are in memory with it, one of each."""
+    uses = [_use(part, name, job, on_cpu=on_cpu) for part in parts]
+    if isinstance(parts[0].spec, AutoencoderSpec):
+        return [_planned_autoencoder(uses[0], name, job=job, policy=policy, available=available)]
+    needs = [use.needs for use in uses]
+    if any(part.policy for part in parts):  # each for itself
+        limits = [
+            weights_limit(use.part.policy or policy, own, available) for use, own in zip(uses, needs, strict=True)
+        ]
+        dealt: Sequence[int | None] = limits
+    else:
+        limits = [weights_limit(policy, _together_needs(uses), available)] * len(uses)
+        dealt = _dealt(limits[0], needs)
+    found = [use.weights(limit) for use, limit in zip(uses, dealt, strict=True)]
+    all_stays = sum(weights.device_bytes + use.beside for weights, use in zip(found, uses, strict=True))
+    stages = [_stage(use, name, job, weights, limit) for use, weights, limit in zip(uses, found, limits, strict=True)]
+    return [
+        replace(
+            stage,
+            name=name if index == 0 else f"{name} {index + 1}",
+            beside=stage.beside + all_stays - found[index].device_bytes - uses[index].beside,
+        )
+        for index, stage in enumerate(stages)
+    ]
+
+
+def _dealt(limit: int | None, needs: Sequence[Needs]) -> Sequence[int | None]:
+    """What each of several modules' weights may take of what they may take together."""
+    if limit is None or len(needs) == 1:
+        return [limit] * len(needs)
+    return shares(limit, [(need.least, need.whole) for need in needs])
+
+
+def _planned_autoencoder(use: _Use, name: str, *, job: Job, policy: Policy, available: int) -> StagePlan:
+    policy, needs, part = use.part.policy or policy, use.needs, use.part
+    if not needs_strips(policy, needs, available):
+        return _stage(use, name, job, use.weights(limit := weights_limit(policy, needs, available)), limit)
+    striped = work(part.spec, name, part.dtype, job, in_strips=True)
+    # Of small pictures strips take more than one piece, which is the least then that a budget has to have room for.
+    in_strips = policy.budget is None or striped.peak < use.made.peak
     if in_strips:
-        striped = work(part.spec, name, part.dtype, job, in_strips=True)
-        # Of small pictures strips take more than one piece, which is the least then that a budget has to have room for.
-        in_strips = policy.budget is None or striped.peak < found.peak
-    if in_strips:
-        found = striped
-        needs = replace(needs, working=found.peak + packing)
-        operations *= IN_STRIPS[name]
-    limit = weights_limit(policy, needs, available)
-    footprint = accounts.footprint(apart, limit)
+        use = replace(use, made=Traced(striped.peak, IN_STRIPS[name] * use.made.operations))
+    limit = weights_limit(policy, use.needs, available)
+    return replace(_stage(use, name, job, use.weights(limit), limit), in_strips=in_strips)
+
+
+def _stage(use: _Use, name: str, job: Job, weights: Footprint, limit: int | None) -> StagePlan:
+    accounts = use.part.accounts
     return StagePlan(
         name=name,
-        title=part.title,
+        title=use.part.title,
         weights=accounts.stored_bytes(),
-        footprint=footprint,
-        activations=found.peak + table,
-        workspace=max(packed, streamed if footprint.blocks.streamed else 0) + packing,
-        once=accounts.stored_bytes() - accounts.stored_bytes(apart),
+        footprint=weights,
+        activations=use.made.peak + use.beside - use.part.further,
+        workspace=(use.streamed if weights.blocks.streamed else use.unpacked) + use.packing,
+        beside=use.part.further,
+        once=accounts.stored_bytes() - accounts.stored_bytes(use.apart),
         passes=_passes(name, job),
-        operations=operations,
+        operations=use.made.operations,
         limit=limit,
-        in_strips=in_strips,
     )
 
 

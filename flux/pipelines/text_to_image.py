@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters.channels import CELL
-from ..adapters.guides import Reference, StyleTokens
+from ..adapters.guides import Channels, Reference, StyleTokens
 from ..errors import NumericError, UserError
 from ..memory.available import available_bytes
 from ..memory.plan import RunPlan, StagePlan
@@ -27,10 +28,11 @@ from ..sampling.schedules import MAX_MU, check_sigmas, flux1_mu, flux1_tokens, m
 from ..sampling.solvers import solver
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec, check_draws
-from .denoising import TRANSFORMER, Hooks, attention_of, prepared, walk
+from .denoising import Guidance, Hooks, Velocity, attention_of, metered, prepared, walk
 from .given import check_unit
 from .guided import (
     AnyInput,
+    ControlInput,
     ReferenceInput,
     check_inputs,
     check_sizes,
@@ -41,7 +43,7 @@ from .guided import (
     size_of_inputs,
 )
 from .parts import MeteredPart, Part, check_beside
-from .planning import Grant, Job, grant, plan_run, planned_of_part
+from .planning import Grant, Job, grant, plan_run, planned_of_parts
 from .prompts import EncodedPrompt, TextEncoders
 from .step_cache import CachedSteps, Skipped, StepCache, check_few, check_steps
 from .strips import AnyPart, StripedPart, in_strips_if_need
@@ -168,59 +170,21 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     transformer's weights, once for all pictures where they have room beside decoding), "sampling" and "decoding".
     """
     hooks = hooks or Hooks()
-    spec = model.transformer.spec
     # 1. Settle every setting.
     plan = _plan(model, request, hooks)
-    parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
-    granted = grant(parts, _job(request, plan), request.memory)
-    encoder, decoder = (_autoencoder(model, hooks, granted, stage) for stage in ("encode", "decode"))
-    # 2. Text.
-    with _stage(hooks, "text"):
-        positive, negative = _encode_prompts(model, request, plan, hooks, granted.limits)
-    # 3. The picture to start from, and those that guide.
-    cells = (plan.height // model.autoencoder.spec.downscale, plan.width // model.autoencoder.spec.downscale)
-    start = None
-    if request.image is not None:
-        with _stage(hooks, "encoding"):
-            start = encode_picture(encoder, resized(request.image, (plan.height, plan.width)))
-    mask = None if request.mask is None else _latent_mask(request.mask, cells)
-    guided = None
-    if request.inputs:
-        with _stage(hooks, "encoding"):
-            size = (plan.height, plan.width)
-            guided = guidance_of(
-                request.inputs, encoder, size,
-                layout=request.layout, norms_by_strength=request.norms_by_strength,
-            )  # fmt: skip
-    cached = None if request.step_cache is None else CachedSteps(request.step_cache, plan.sigmas)
+    granted = grant(_parts(model, request), _job(request, plan), request.memory, _lora_bytes(model, request))
+    # 2. Text, the picture to start from, and those that guide.
+    given = _encoded(model, request, plan, hooks, granted)
+    decoder = _autoencoder(model, hooks, granted, "decode")
     with ExitStack() as held:
         velocity = None
         for index, seed in enumerate(plan.seeds):
             hooks.check()
-            # 4. The transformer's weights and tables, once for all pictures where they have room beside decoding.
+            # 3. The transformer's weights and tables, once for all pictures where they have room beside decoding.
             if velocity is None and len(plan.sigmas) > 1:
-                ready = prepared(
-                    model.transformer, positive, plan.sigmas,
-                    guidance=plan.guidance, negative=negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
-                    guided=guided, limit=granted.limits.get("transformer"), cached=cached, attention=request.attention,
-                    compiled=request.compiled,
-                )  # fmt: skip
-                with model.transformer.metered(hooks.meter, TRANSFORMER):
-                    velocity = held.enter_context(ready)
-            # 5. Each picture: noise, steps, pixels.
-            noise = draw_noise((spec.latent_channels, *cells), [seed], request.noise, dtype=model.text.t5.dtype)
-            latents = None if start is None else start[index % len(start)][None]
-            part_mask = None if mask is None else mask[index % len(mask)][None]
-            result = torch.zeros_like(noise) if latents is None else latents
-            if cached is not None:
-                cached.begin()
-            if velocity is not None:
-                with model.transformer.metered(hooks.meter, TRANSFORMER):
-                    result = walk(
-                        velocity, noise, plan.sigmas, device=model.transformer.device,
-                        solver_name=request.solver, latents=latents, mask=part_mask, hooks=hooks,
-                    )  # fmt: skip
-            skipped = None if cached is None or velocity is None else cached.skipped
+                velocity = _ready(held, model, request, plan, given, hooks, granted.limits.get("transformer"))
+            # 4. Each picture: noise, steps, pixels.
+            result, skipped = _sampled(velocity, model, request, plan, given, hooks, index)
             if granted.decodes_alone or index == len(plan.seeds) - 1:
                 held.close()  # decoding has the memory for itself
                 velocity = None
@@ -229,6 +193,85 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
             if skipped is not None and hooks.tell is not None:
                 hooks.tell(skipped.sentence())
             yield Picture(pixels, seed, _settings(model, request, plan, seed, skipped))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a request gives the transformer, encoded.
+
+    Attributes:
+        positive: The prompt.
+        negative: The negative one; None where it has no effect.
+        start: Latents (1 or B, C, h, w) to start from; None for noise alone.
+        mask: (1 or B, 1, h, w), 1 where the picture may change; None for everywhere.
+        guided: What guides the run beside its prompts; None for nothing.
+        cached: The run's step cache; None for none.
+    """
+
+    positive: EncodedPrompt
+    negative: EncodedPrompt | None
+    start: Tensor | None
+    mask: Tensor | None
+    guided: Guidance | None
+    cached: CachedSteps | None
+
+
+def _encoded(model: FluxModel, request: Request, plan: _Plan, hooks: Hooks, granted: Grant) -> _Given:
+    encoder, size = _autoencoder(model, hooks, granted, "encode"), (plan.height, plan.width)
+    with _stage(hooks, "text"):
+        positive, negative = _encode_prompts(model, request, plan, hooks, granted.limits)
+    start = guided = None
+    if request.image is not None:
+        with _stage(hooks, "encoding"):
+            start = encode_picture(encoder, resized(request.image, size))
+    if request.inputs:
+        with _stage(hooks, "encoding"):
+            guided = guidance_of(
+                request.inputs, encoder, size,
+                layout=request.layout, norms_by_strength=request.norms_by_strength,
+            )  # fmt: skip
+    mask = None if request.mask is None else _latent_mask(request.mask, _cells(model, plan))
+    cached = None if request.step_cache is None else CachedSteps(request.step_cache, plan.sigmas)
+    return _Given(positive, negative, start, mask, guided, cached)
+
+
+def _cells(model: FluxModel, plan: _Plan) -> tuple[int, int]:
+    """Rows and columns of latent cells."""
+    downscale = model.autoencoder.spec.downscale
+    return plan.height // downscale, plan.width // downscale
+
+
+def _ready(
+    held: ExitStack, model: FluxModel, request: Request, plan: _Plan, given: _Given, hooks: Hooks, limit: int | None
+) -> Velocity:
+    """The transformer, in memory as long as ``held`` is open."""
+    ready = prepared(
+        model.transformer, given.positive, plan.sigmas,
+        guidance=plan.guidance, negative=given.negative, cfg=plan.cfg, solver_name=request.solver, hooks=hooks,
+        guided=given.guided, limit=limit, cached=given.cached, attention=request.attention, compiled=request.compiled,
+    )  # fmt: skip
+    with metered(model.transformer, given.guided, hooks):
+        return held.enter_context(ready)
+
+
+def _sampled(
+    velocity: Velocity | None, model: FluxModel, request: Request, plan: _Plan, given: _Given, hooks: Hooks, index: int
+) -> tuple[Tensor, Skipped | None]:
+    """One picture's latents (1, C, h, w), and what its step cache skipped; without a velocity what it starts from."""
+    spec, seed = model.transformer.spec, plan.seeds[index]
+    noise = draw_noise((spec.latent_channels, *_cells(model, plan)), [seed], request.noise, dtype=model.text.t5.dtype)
+    latents = None if given.start is None else given.start[index % len(given.start)][None]
+    mask = None if given.mask is None else given.mask[index % len(given.mask)][None]
+    if velocity is None:
+        return torch.zeros_like(noise) if latents is None else latents, None
+    if given.cached is not None:
+        given.cached.begin()
+    with metered(model.transformer, given.guided, hooks):
+        result = walk(
+            velocity, noise, plan.sigmas,
+            device=model.transformer.device, solver_name=request.solver, latents=latents, mask=mask, hooks=hooks,
+        )  # fmt: skip
+    return result, None if given.cached is None else given.cached.skipped
 
 
 @dataclass(frozen=True)
@@ -302,13 +345,26 @@ def plan_of(model: FluxModel, request: Request, before: Sequence[StagePlan] = ()
     Raises:
         UserError: Something asked for cannot be done.
     """
-    parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
     device = model.transformer.device
     plan = plan_run(
-        [planned_of_part(part) for part in parts], _job(request, _plan(model, request, Hooks())), request.memory,
+        planned_of_parts(_parts(model, request), _lora_bytes(model, request)),
+        _job(request, _plan(model, request, Hooks())), request.memory,
         device=str(device), available=available_bytes(device),
     )  # fmt: skip
     return replace(plan, stages=(*before, *plan.stages))
+
+
+def _parts(model: FluxModel, request: Request) -> list[Part[Any, Any]]:
+    """Of a run, its own transformer first and those that controls have of their own behind it."""
+    further = (given.model for given in request.inputs if isinstance(given, ControlInput) and given.model is not None)
+    transformers = dict.fromkeys((model.transformer, *further))
+    return [*transformers, model.text.clip, model.text.t5, model.autoencoder]
+
+
+def _lora_bytes(model: FluxModel, request: Request) -> int:
+    """What control LoRAs take on the transformer, each as often as a picture follows it."""
+    takers = (given for given in request.inputs if isinstance(given, ControlInput | Channels) and given.strength > 0)
+    return model.transformer.dtype.itemsize * sum(own.lora.parameters for own in takers if own.lora is not None)
 
 
 def _encode_prompts(

@@ -15,11 +15,13 @@ import torch
 
 from flux.adapters.blending import predictions_of
 from flux.adapters.guides import Channels, Reference, StyleTokens
-from flux.errors import Cancelled, MismatchError, UserError
+from flux.errors import BudgetError, Cancelled, MismatchError, UserError
+from flux.memory.metering import Meter
+from flux.memory.policy import Policy, read_policy
 from flux.pipelines.denoising import Guidance, Hooks, denoise, prepared
 from flux.pipelines.guided import ControlInput, FillInput, ReferenceInput, check_inputs
 from flux.pipelines.parts import open_transformer
-from flux.pipelines.text_to_image import FluxModel, Request, generate, plan_sigmas
+from flux.pipelines.text_to_image import FluxModel, Request, generate, plan_of, plan_sigmas
 from flux.sampling.schedules import (
     SCHEDULES,
     beta_schedule,
@@ -505,6 +507,36 @@ def test_all_kinds_of_inputs_run_together_in_any_order(models):
     for index in range(1, len(inputs)):
         without = inputs[:index] + inputs[index + 1 :]
         assert (drawn(models["fill"], *without).pixels.int() - first).abs().max() > 1
+
+
+def with_two_models_and_a_lora(models, **settings):
+    other, lora = models["canny"].transformer, LORAS[0]
+    inputs = ControlInput(picture=picture(1), model=other, end=0.5), ControlInput(picture=picture(2), lora=lora)
+    return asked(to_fill(), *inputs, **settings)
+
+
+def test_two_models_and_a_lora_keep_to_one_budget_and_draw_the_same(models, monkeypatch):
+    both = [models[task].transformer for task in ("fill", "canny")]
+    plan = plan_of(models["fill"], with_two_models_and_a_lora(models, memory=read_policy("save")))
+    most = Policy("budget", plan.peak_bytes + 1000)
+    limit = plan_of(models["fill"], with_two_models_and_a_lora(models, memory=most)).stage("transformer").limit
+    taken, meter = [], Meter(CPU)
+    hooks = Hooks(cancelled=lambda: taken.append(sum(part.residency.resident_bytes for part in both)), meter=meter)
+    (found,) = generate(models["fill"], with_two_models_and_a_lora(models, memory=most), hooks)
+    assert torch.equal(found.pixels, generate(models["fill"], with_two_models_and_a_lora(models))[0].pixels)
+    whole = sum(part.residency.accounts.footprint().device_bytes for part in both)
+    assert 0 < max(taken) <= limit < whole
+    assert meter.stages["transformer"].resident_bytes == max(taken)
+    loras = 4 * LORAS[0].parameters
+    assert [stage.beside >= loras for stage in plan.stages if "transformer" in stage.name] == [True, True]
+
+
+def test_a_budget_without_room_for_the_second_model_is_refused_before_anything_is_read(models):
+    least = plan_of(models["fill"], asked(to_fill(), memory=read_policy("save"))).peak_bytes
+    budget = Policy("budget", least + 1000)
+    drawn(models["fill"], to_fill(), memory=budget)
+    with pytest.raises(BudgetError, match="below the least"):
+        generate(models["fill"], with_two_models_and_a_lora(models, memory=budget), Hooks(progress=pytest.fail))
 
 
 def test_samples_of_the_posterior_do_not_depend_on_the_inputs_order(models):

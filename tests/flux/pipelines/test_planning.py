@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flux.errors import UserError
+from flux.errors import BudgetError, UserError
 from flux.memory.plan import Rates
 from flux.memory.policy import GIB, Policy, read_policy
 from flux.mini.files import open_mini
@@ -101,6 +101,42 @@ def test_auto_streams_only_what_does_not_fit(parts):
 def test_a_budget_below_the_least_is_refused(parts):
     with pytest.raises(UserError, match=r"a budget of 1 GiB is below the least that this takes, \d\.\d+ GiB"):
         plan(parts, "1")
+
+
+def test_two_transformers_share_a_budget_and_each_has_room_beside_the_other(parts):
+    both = [*parts, planned_of_spec(FLUX1["flux1-canny-dev"], BF16)]
+    stages = [plan(both, "16").stage(name) for name in ("transformer", "transformer 2")]
+    assert sum(stage.footprint.device_bytes for stage in stages) <= 16 * GIB
+    assert all(14 * GIB < stage.peak_bytes <= 16 * GIB for stage in stages)
+    assert all(0 < stage.streamed_bytes < stage.weights for stage in stages)
+    assert stages[0].beside >= stages[1].footprint.device_bytes
+    assert stages[0].limit > plan(parts, "16").stage("transformer").limit // 2
+    alone = plan(parts, "16").stage("transformer")
+    assert alone.streamed_bytes < stages[0].streamed_bytes
+    assert alone.beside == 0
+
+
+def test_the_least_of_two_transformers_is_that_of_both(parts):
+    own, other = parts[1], planned_of_spec(FLUX1["flux1-canny-dev"], BF16)
+    leasts = []
+    for given in ([own], [other], [own, other]):
+        with pytest.raises(BudgetError) as fault:
+            plan(given, "0.01")
+        leasts.append(fault.value.least)
+    with pytest.raises(BudgetError):
+        plan([own, other], str(1.01 * max(leasts[:2]) / GIB))
+    [first, _] = plan([own, other], str(1.001 * leasts[2] / GIB)).stages
+    assert len(first.footprint.blocks.streamed) == 57
+
+
+def test_what_stays_with_a_transformers_weights_is_taken_from_their_room(parts):
+    """A control LoRA."""
+    lora = 2 * GIB
+    without, beside = (plan([replace(parts[1], further=size)], "14").stage("transformer") for size in (0, lora))
+    assert beside.limit == without.limit - lora
+    assert without.streamed_bytes < beside.streamed_bytes
+    assert 14 * GIB - GIB // 2 < beside.peak_bytes <= 14 * GIB
+    assert beside.as_json()["beside_bytes"] == lora
 
 
 def test_more_pictures_and_pixels_take_more(parts):
