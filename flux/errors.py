@@ -35,6 +35,10 @@ class BudgetError(UserError):
         self.least = least
 
 
+class ExhaustedError(UserError):
+    """Memory that ran out where nothing could be streamed any more."""
+
+
 class FileError(UserError):
     """A file that is damaged, of another kind, or not to be opened."""
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import UserError
+from ..errors import ExhaustedError
 from .policy import GIB
 from .residency import Residency, Watch
 
@@ -49,7 +49,7 @@ def load_what_fits(
         tell: Told in a sentence what is done.
 
     Raises:
-        UserError: It runs out though all that can be streamed is.
+        ExhaustedError: It runs out though all that can be streamed is.
     """
     while True:
         try:
@@ -84,9 +84,9 @@ def _lowered(residency: Residency, without: tuple[str, ...], limit: int | None) 
     return None
 
 
-def _too_little(loaded: Sequence[tuple[Residency, tuple[str, ...]]]) -> UserError:
+def _too_little(loaded: Sequence[tuple[Residency, tuple[str, ...]]]) -> ExhaustedError:
     needed = sum(residency.accounts.footprint(without, 0).device_bytes for residency, without in loaded)
-    return UserError(
+    return ExhaustedError(
         f"memory ran out though all weights that can be streamed are, and {needed / GIB:.2f} GiB of them have to stay: "
         "ask for a smaller picture or fewer at once, or free memory that others hold"
     )
@@ -116,7 +116,7 @@ class Fallback:
         """What ``compute`` gives; it is called again, from its beginning, after memory ran out.
 
         Raises:
-            UserError: It runs out though all that can be streamed is.
+            ExhaustedError: It runs out though all that can be streamed is.
         """
         while True:
             try:

@@ -10,7 +10,7 @@ import torch
 
 from flux.adapters import control_lora
 from flux.adapters.guides import Channels
-from flux.errors import UserError
+from flux.errors import ExhaustedError, UserError
 from flux.memory.exhaustion import is_exhausted
 from flux.memory.policy import read_policy
 from flux.mini import files
@@ -20,8 +20,10 @@ from flux.models.text.clip import ClipText
 from flux.models.text.t5 import T5Encoder
 from flux.models.vision.siglip import SiglipVision
 from flux.pipelines import text_to_image
-from flux.pipelines.denoising import Guidance, Hooks, denoise
+from flux.pipelines.denoising import Denoiser, Guidance, Hooks, denoise
+from flux.pipelines.fitting import what_would_fit
 from flux.pipelines.parts import open_transformer, open_vision
+from flux.pipelines.stage_work import Job
 from flux.pipelines.text_to_image import Request, generate
 from flux.specs.vision import SIGLIP_MINI
 from flux.weights.binding import Binding
@@ -80,6 +82,27 @@ def test_when_nothing_is_left_to_stream_the_run_stops_with_the_way_out(path, fai
     with pytest.raises(UserError, match="memory ran out though all weights that can be streamed are.*smaller picture"):
         run(path, told)
     assert told[-1].startswith("memory ran out: 16 of 16 blocks")
+
+
+@pytest.mark.parametrize(("free", "words"), [
+    (1 << 40, r"; 896x576 would have fitted, with [\d.]+ GiB of the 1024.00 GiB that are free"),
+    (1 << 20, r"; even 192x128 takes [\d.]+ MiB, and 1.0 MiB are free"),
+])  # fmt: skip
+def test_the_last_words_say_what_would_have_fitted(failing, monkeypatch, free, words):
+    failing(Denoiser, "__call__", range(1000))
+    monkeypatch.setattr("flux.pipelines.fitting.available_bytes", lambda device: free)
+    with pytest.raises(ExhaustedError, match=words):
+        generate(files.open_mini(), Request(prompt="a red circle", steps=2, width=1008, height=656))
+
+
+def test_less_free_memory_fits_a_smaller_picture():
+    model, sizes = files.open_mini(), []
+    parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
+    for free in (1 << 30, 1 << 27):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("flux.pipelines.fitting.available_bytes", lambda device, free=free: free)
+            sizes.append(int(what_would_fit(parts, Job(width=2048, height=2048)).split("x")[0]))
+    assert sizes[0] > sizes[1] > 0
 
 
 @pytest.mark.parametrize(
