@@ -171,6 +171,11 @@ def add_plan(commands: Commands) -> None:
         "--reference", action="append", default=[], metavar="WxH",
         help="a picture of this size that the model looks at; may be repeated",
     )  # fmt: skip
+    parser.add_argument("--redux", type=int, default=0, metavar="N", help="pictures that Redux takes over (default: 0)")
+    parser.add_argument(
+        "--beside", action="append", default=[], metavar="NAME|FILE",
+        help="what the run has beside its transformer: a control LoRA, or a control model of its own; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--step-cache", action="store_true", help="with a step cache, which keeps what a step did")
     parser.add_argument("--from-picture", action="store_true", help="a picture is encoded: to start from, fill, follow")
     parser.add_argument(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ..pipelines.text_to_image import check_side, round_size
 from ..specs.autoencoder import AUTOENCODERS
 from ..specs.flux1 import FLUX1, Flux1Spec
 from ..specs.text import CLIP_TEXT, T5_ENCODERS
+from ..specs.vision import REDUXES, VISION_TOWERS, SiglipSpec
 from ..weights.checkpoints import read_parts
 from ..weights.sources import open_checkpoint
 from .console import note, say
@@ -43,12 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     policy = read_policy(arguments.policy)
     device, is_here = _device(arguments.device)
     available = _free(arguments.memory, device, is_here)
-    parts = list(_parts(arguments.models, device, DTYPES[arguments.dtype], available))
-    transformer = next(part for part in parts if isinstance(part.spec, Flux1Spec))
+    dtype = DTYPES[arguments.dtype]
+    parts = list(_parts(arguments.models, device, dtype, available, with_redux=arguments.redux > 0))
+    place, transformer = next((i, part) for i, part in enumerate(parts) if isinstance(part.spec, Flux1Spec))
+    further, lora_numbers = _beside(arguments.beside, device, dtype, available)
+    parts[place] = replace(transformer, further=lora_numbers * transformer.dtype.itemsize)
+    parts += further
     rates = measure_rates(device, transformer.dtype) if is_here else None
-    plan = plan_run(
-        parts, _job(arguments, transformer.spec), policy, device=str(device), available=available, rates=rates
-    )
+    plan = plan_run(parts, _job(arguments, parts), policy, device=str(device), available=available, rates=rates)
     say(json.dumps(plan.as_json(), indent=2) if arguments.json else "\n".join(plan_lines(plan)))
     if arguments.picture is not None:
         picture = draw_plan(plan)
@@ -80,10 +85,11 @@ def _free(gib: float | None, device: torch.device, is_here: bool) -> int:
     return UNKNOWN_DEVICE
 
 
-def _parts(models: Sequence[str], device: torch.device, dtype: torch.dtype | None, available: int) -> Iterator[Planned]:
+def _parts(
+    models: Sequence[str], device: torch.device, dtype: torch.dtype | None, available: int, *, with_redux: bool
+) -> Iterator[Planned]:
     """Every part of the model: of the files that are given, and else of its specs."""
-    files = [Path(name) for name in models if SHORT_NAMES.get(name, name) not in FLUX1]
-    names = [FLUX1[SHORT_NAMES.get(name, name)] for name in models if SHORT_NAMES.get(name, name) in FLUX1]
+    names, files = _names_and_files(models)
     given = [part for path in files for part in _of_file(path, device, dtype, available)]
     transformers = [*(part.spec for part in given if isinstance(part.spec, Flux1Spec)), *names]
     if len(transformers) != 1:
@@ -94,13 +100,48 @@ def _parts(models: Sequence[str], device: torch.device, dtype: torch.dtype | Non
     spec = transformers[0]
     clip, t5 = spec.text_encoders
     wanted: list[Any] = [*names, CLIP_TEXT[clip], T5_ENCODERS[t5], AUTOENCODERS[spec.autoencoder]]
+    wanted += [_tower_of(spec)] if with_redux else []
     yield from given
     kinds = {type(part.spec) for part in given}
     for own in wanted:
         if type(own) not in kinds:
-            shapes = parameter_shapes(own)
-            assert shapes is not None
-            yield planned_of_spec(own, dtype or compute_dtype(device, _count(shapes)), device)
+            yield _of_spec(own, device, dtype)
+
+
+def _names_and_files(models: Sequence[str]) -> tuple[list[Flux1Spec], list[Path]]:
+    """Known models, and files."""
+    names = [FLUX1[SHORT_NAMES.get(name, name)] for name in models if SHORT_NAMES.get(name, name) in FLUX1]
+    return names, [Path(name) for name in models if SHORT_NAMES.get(name, name) not in FLUX1]
+
+
+def _of_spec(spec: Any, device: torch.device, dtype: torch.dtype | None) -> Planned:
+    shapes = parameter_shapes(spec)
+    assert shapes is not None
+    return planned_of_spec(spec, dtype or compute_dtype(device, _count(shapes)), device)
+
+
+def _tower_of(spec: Flux1Spec) -> SiglipSpec:
+    """The vision tower of the Redux that goes with a transformer."""
+    redux = next(redux for redux in REDUXES.values() if redux.text_width == spec.context_width)
+    return VISION_TOWERS[redux.tower]
+
+
+def _beside(
+    models: Sequence[str], device: torch.device, dtype: torch.dtype | None, available: int
+) -> tuple[list[Planned], int]:
+    """Further transformers, and how many numbers control LoRAs have."""
+    names, files = _names_and_files(models)
+    found, numbers = [_of_spec(spec, device, dtype) for spec in names], 0
+    for path in files:
+        checkpoint = open_checkpoint(path)
+        if any(part.recognised.role == "lora" for part in read_parts(checkpoint, expected=parameter_shapes)):
+            numbers += sum(math.prod(source.shape) for source in checkpoint.values())
+            continue
+        own = [part for part in _of_file(path, device, dtype, available) if isinstance(part.spec, Flux1Spec)]
+        if not own:
+            raise UserError(f"{path.name} is neither a transformer nor a control LoRA; `inspect` says what it is")
+        found += own
+    return found, numbers
 
 
 def _count(shapes: Any) -> int:
@@ -118,7 +159,8 @@ def _of_file(path: Path, device: torch.device, dtype: torch.dtype | None, availa
         yield planned_of_file(bound, device, dtype or compute_dtype(device, bound.parameters), available)
 
 
-def _job(arguments: argparse.Namespace, spec: Flux1Spec) -> Job:
+def _job(arguments: argparse.Namespace, parts: Sequence[Planned]) -> Job:
+    spec = next(part.spec for part in parts if isinstance(part.spec, Flux1Spec))
     sides = {}
     for name in ("width", "height"):
         value = getattr(arguments, name)
@@ -129,13 +171,18 @@ def _job(arguments: argparse.Namespace, spec: Flux1Spec) -> Job:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give 1 or more")
+    if arguments.redux < 0:
+        raise UserError(f"redux is {arguments.redux}; give how many pictures it takes over, 0 for none")
+    tokens = sum(part.spec.grid**2 for part in parts if isinstance(part.spec, SiglipSpec))
     return Job(
         **sides,
         batch=arguments.batch,
         steps=arguments.steps or spec.steps,
         prompts=2 if arguments.negative else 1,
         references=tuple(_reference(text) for text in arguments.reference),
-        starts=arguments.from_picture or spec.task not in ("draw", "edit"),
+        starts=arguments.from_picture or bool(arguments.beside) or spec.task not in ("draw", "edit"),
+        views=arguments.redux,
+        styles=arguments.redux * tokens,
         cached=arguments.step_cache,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from flux.mini import files
 from flux.pipelines.modules import parameter_shapes
 from flux.pipelines.plan_picture import WIDTH
 from flux.specs.flux1 import FLUX1
+from flux.weights.readers.safetensors import SafetensorsFile
 from tests.tiny import write_header_only
 
 GPU = ("--device", "cuda", "--memory", "24")
@@ -58,6 +60,27 @@ def test_size_batch_steps_and_references_are_those_asked_for(flux):
 def test_a_step_cache_is_planned_for(flux):
     plain, cached = (planned(flux, "flux1-dev", *GPU, *more)["peak_bytes"] for more in ((), ("--step-cache",)))
     assert cached > plain
+
+
+def test_redux_brings_its_tower_and_further_tokens(flux):
+    plain, styled = (planned(flux, "flux1-dev", *GPU, *more)["stages"] for more in ([], ["--redux", "2"]))
+    assert list(styled) == ["clip", "t5", "vision", "transformer", "decode"]
+    assert (styled["vision"]["title"], styled["vision"]["passes"]) == ("siglip-so400m-384", 2)
+    tokens = styled["transformer"]["operations"] / plain["transformer"]["operations"]
+    assert tokens > (4096 + 512 + 2 * 729) / (4096 + 512)
+
+
+def test_what_a_run_has_beside_its_transformer_is_planned(flux):
+    lora = files.FOLDER / "flux1-canny-mini-lora.safetensors"
+    plain, both = (
+        planned(flux, "mini", *GPU, *more)["stages"] for more in ([], ["--beside", "canny-mini", "--beside", lora])
+    )
+    assert list(both) == ["clip", "t5", "encode", "transformer", "transformer 2", "decode"]
+    assert plain["transformer"]["beside_bytes"] == 0
+    numbers = sum(math.prod(entry.shape) for entry in SafetensorsFile(lora).values())
+    without = planned(flux, "mini", *GPU, "--beside", "canny-mini")["stages"]["transformer"]
+    assert both["transformer"]["beside_bytes"] - without["beside_bytes"] == 2 * numbers
+    assert without["beside_bytes"] >= both["transformer 2"]["resident_bytes"] > 0
 
 
 def test_files_are_planned_by_their_headers(flux, tmp_path):
@@ -117,6 +140,8 @@ def test_too_little_memory_is_said(flux):
         (["flux1-dev", "--batch", "0"], "batch is 0; give 1 or more"),
         (["flux1-dev", "--reference", "big"], "a reference's size is 'big'; give width and height"),
         (["flux1-dev", "flux1-schnell"], "2 transformers were given; give one"),
+        (["flux1-dev", "--redux", "-1"], "redux is -1; give how many pictures"),
+        (["flux1-dev", "--beside", str(files.MINI.autoencoder)], "is neither a transformer nor a control LoRA"),
         (["none.safetensors"], "none.safetensors was not found"),
         (["flux1-dev", "--device", "tpu"], "there is no device 'tpu'"),
         ([str(files.MINI.autoencoder)], "0 transformers were given; give one"),
