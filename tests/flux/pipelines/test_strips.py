@@ -74,6 +74,26 @@ def test_so_are_those_of_random_weights(dtype, least):
     assert striped > min(whole - 1, 100)
 
 
+@pytest.fixture(scope="module")
+def real():
+    """Random weights of FLUX.1's own size."""
+    torch.manual_seed(4)
+    return Autoencoder(AUTOENCODERS["flux1-ae"]).eval()
+
+
+@torch.inference_mode()
+def test_so_are_those_of_random_weights_at_real_size(real, monkeypatch):
+    latents = rows(1, 16, 32, 24, seed=2)
+    whole = real.decode(latents)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 4 << 20)  # some twenty rows of the widest map
+    apart = real.decode(latents) - Striped(real).decode(latents)
+    assert decibels(Striped(real).decode(latents), whole) > 90
+    rows_apart = apart.abs().mean(dim=(0, 1, 3))
+    assert float(rows_apart.max()) < 4 * float(rows_apart.mean()) + 1e-6 * float(whole.std())
+    pixels = rows(1, 3, 192, 128, seed=3).clamp(-1, 1)
+    assert decibels(Striped(real).encode(pixels), real.encode(pixels)) > 90
+
+
 @torch.inference_mode()
 @pytest.mark.usefixtures("low")
 def test_no_strip_shows(embedded):
