@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from comfy_execution.utils import get_executing_context
 
+from ...flux.memory.loss import is_lost, lost
 from ...flux.memory.metering import Meter, Metered, StageActual
 from ...flux.memory.plan import RunPlan
 from ...flux.memory.policy import Policy
@@ -23,6 +24,8 @@ from ...flux.pipelines.planning import Job, Planned, plan_run
 from .residents import residents_of
 
 __all__ = ["AS_LOADED", "Loaded", "Whole", "noted", "report_of"]
+
+Later = Callable[[None], Planned]
 
 AS_LOADED = Policy("as loaded")
 REMEMBERED = 64  # stages
@@ -60,7 +63,7 @@ class Entry:
 
     Attributes:
         taken: What it took.
-        part: What ran, as far as planning goes; asked when a report is made.
+        parts: What ran, as far as planning goes, and what was in memory with it; asked when a report is made.
         job: What it did.
         device: Where.
         prompt: The host's id of the run.
@@ -68,7 +71,7 @@ class Entry:
     """
 
     taken: StageActual
-    part: Callable[[None], Planned]
+    parts: Sequence[Later]
     job: Job
     device: torch.device
     prompt: str | None
@@ -80,7 +83,7 @@ _entries: list[Entry] = []
 
 @contextmanager
 def noted(
-    stage: str, title: str, device: torch.device, weights: Metered, part: Callable[[None], Planned], job: Job
+    stage: str, title: str, device: torch.device, weights: Metered, parts: Sequence[Later], job: Job
 ) -> Iterator[Meter]:
     """Note what a stage takes inside the block, which may tell of passes.
 
@@ -89,17 +92,32 @@ def noted(
         title: What runs in it.
         device: Where.
         weights: What it runs with.
-        part: What runs, as far as planning goes; asked when a report is made, so it should hold no model.
+        parts: What runs, as far as planning goes, and what is in memory with it; asked when a report is made, so they
+            should hold no model.
         job: What it does.
+
+    Raises:
+        DeviceLostError: The device failed inside the block.
     """
     meter = Meter(device)
     found = weights.resident_bytes
-    with meter.stage(stage, title, weights):
+    with meter.stage(stage, title, weights), _told_if_lost(device):
         yield meter
     taken = meter.stages[stage]
     taken.peak_bytes += found
-    _entries.append(Entry(taken, part, job, device, *_running()))
+    _entries.append(Entry(taken, parts, job, device, *_running()))
     del _entries[:-REMEMBERED]
+
+
+@contextmanager
+def _told_if_lost(device: torch.device) -> Iterator[None]:
+    """Say in a sentence that a device failed."""
+    try:
+        yield
+    except Exception as error:
+        if is_lost(error):
+            raise lost(device, error) from error
+        raise
 
 
 def report_of(available: Callable[[torch.device], int], nodes: Collection[str]) -> tuple[RunReport, list[str]]:
@@ -142,7 +160,8 @@ def _joined(entries: Sequence[Entry]) -> Iterator[tuple[Entry, StageActual]]:
 
 
 def _planned(entry: Entry, key: str, available: int) -> RunPlan:
-    plan = plan_run([entry.part(None)], entry.job, AS_LOADED, device=str(entry.device), available=available)
+    parts = [part(None) for part in entry.parts]
+    plan = plan_run(parts, entry.job, AS_LOADED, device=str(entry.device), available=available)
     return replace(plan, stages=(replace(plan.stage(entry.taken.name), name=key),))
 
 

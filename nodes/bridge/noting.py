@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ...flux.adapters.channels import CELL
-from ...flux.memory.metering import Meter
+from ...flux.memory.metering import Meter, Several
 from ...flux.pipelines.parts import title_of
 from ...flux.pipelines.planning import Job
 from ...flux.specs.fit import Given
 from .ledger import Loaded, Whole, noted
-from .planning import further_tokens, planned_encoder, planned_model, planned_vae, references_of
+from .planning import further_tokens, planned_encoder, planned_model, planned_vae, references_of, transformers_of
 from .residents import residents_of
 from .step_cache import has_step_cache
 
@@ -36,8 +36,9 @@ def noted_sampling(
         steps=max(0, len(sigmas) - 1), references=references_of(entries), cached=has_step_cache(patcher),
         styles=further_tokens(patcher, [entry["cross_attn"] for entry in entries if "cross_attn" in entry]),
     )  # fmt: skip
-    title, part = title_of(patcher.model.spec), planned_model(patcher)
-    with noted("transformer", title, patcher.load_device, Loaded(patcher), part, job) as meter:
+    together = transformers_of(patcher)
+    parts, weights = [planned_model(own) for own in together], Several([Loaded(own) for own in together])
+    with noted("transformer", title_of(patcher.model.spec), patcher.load_device, weights, parts, job) as meter:
 
         def after_step(*given: Any, **named: Any) -> Any:
             meter.tick()
@@ -60,7 +61,7 @@ def job_of_latent(samples: Tensor) -> Job:
 def noted_autoencoder(vae: Any, stage: str, job: Job) -> Iterator[None]:
     """Note what encoding or decoding takes inside the block."""
     title = title_of(vae.spec)
-    with noted(stage, title, vae.device, Loaded(vae.patcher), planned_vae(vae), job) as meter:
+    with noted(stage, title, vae.device, Loaded(vae.patcher), [planned_vae(vae)], job) as meter:
         yield
         meter.tick()
 
@@ -79,5 +80,5 @@ def noted_encoder(stage: str, model: nn.Module, part: nn.Module, given: Given, d
     title = title_of(given.found.spec)
     own = next((one for one in residents_of(model) if one.title == title), None)
     weights = own or Whole(comfy.model_management.module_size(part))
-    with noted(stage, title, device, weights, planned_encoder(model, given), PROMPT) as meter:
+    with noted(stage, title, device, weights, [planned_encoder(model, given)], PROMPT) as meter:
         yield meter

@@ -28,6 +28,7 @@ from ...flux.pipelines.plan_text import plan_lines, report_lines
 from ...flux.pipelines.planning import Job, Planned, plan_run
 from ...flux.pipelines.text_to_image import round_size
 from ...flux.specs.fit import Given
+from .experts import our_spec
 from .ledger import AS_LOADED, report_of
 from .residents import residents_of
 from .step_cache import has_step_cache
@@ -35,7 +36,7 @@ from .weights import HOSTS
 
 __all__ = [
     "further_tokens", "job_of", "parts_of", "plan_graph", "planned_encoder", "planned_encoders", "planned_model",
-    "planned_tower", "planned_vae", "reachable", "references_of", "report", "shown",
+    "planned_tower", "planned_vae", "reachable", "references_of", "report", "shown", "transformers_of",
 ]  # fmt: skip
 
 # What gives a part as it was loaded, or as if it had been loaded under a policy; it holds no model.
@@ -43,6 +44,11 @@ Later = Callable[[Policy | None], Planned]
 
 REFERENCES = "reference_latents"  # the host's key
 BYTE_MAX = 255
+
+
+def transformers_of(patcher: Any) -> list[Any]:
+    """A MODEL, and those of ours that are loaded with it: FLUX Combine's."""
+    return [patcher, *(own for own in patcher.get_nested_additional_models() if our_spec(own) is not None)]
 
 
 def planned_model(patcher: Any) -> Later:
@@ -149,7 +155,7 @@ def parts_of(model: Any, clip: Any, vae: Any, tower: Any, policy: Policy | None)
     Raises:
         UserError: Something was loaded by another loader.
     """
-    later = [planned_model(model)]
+    later = [planned_model(own) for own in transformers_of(model)]
     later += [] if clip is None else planned_encoders(clip)
     later += [] if vae is None else [planned_vae(vae)]
     later += [] if tower is None else [planned_tower(tower)]

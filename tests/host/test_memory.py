@@ -228,6 +228,34 @@ def test_a_step_cache_takes_room_in_the_plan(host: Host) -> None:
     assert rows[0] != rows[1]
 
 
+def test_both_models_of_a_combination_are_planned_and_reported(host: Host) -> None:
+    prompt = {
+        **start(),
+        **load(memory="save"),
+        **load("second", "embedded: flux1-mini-schnell", memory="save"),
+        "both": node(
+            "FluxFoundryCombine", model_1=["model", 0], conditioning_1=["text", 0], model_2=["second", 0],
+            conditioning_2=["text", 0], balance=0.5,
+        ),
+        "plan": node(
+            "FluxFoundryMemoryPlan", model=["both", 0], width=128, height=128, batch_size=1, steps=STEPS,
+            memory="as loaded",
+        ),
+        "a": our_sampler("both", positive=["both", 1], steps=STEPS, seed=77),
+        "picture": node("VAEDecode", vae=["load", 2], samples=["a", 0]),
+        "report": node("FluxFoundryMemoryReport", image=["picture", 0]),
+        "planned": node("ProbeTold", text=["plan", 0]),
+        "out": node("ProbeTold", text=["report", 0]),
+    }  # fmt: skip
+    outputs = host.succeed(prompt).outputs
+    planned, reported = (json.loads(outputs[name]["report"][0])["text"] for name in ("planned", "out"))
+    assert [line.split("  ")[0] for line in planned.splitlines() if line.startswith("transformer")] == [
+        "transformer", "transformer 2",
+    ]  # fmt: skip
+    assert "other models stay beside it" in planned
+    assert f"{STEPS} x " in next(line for line in reported.splitlines() if line.startswith("transformer"))
+
+
 def test_a_report_tells_what_every_stage_took(host: Host) -> None:
     loaders = {**load(memory="save"), **encoders("save")}
     loaders["vae"] = node("FluxFoundryLoadAutoencoder", vae="embedded: flux1-mini-ae")
@@ -296,3 +324,16 @@ def test_a_step_that_memory_runs_out_in_is_repeated_with_fewer_blocks_in_it(host
     assert report["streamed_after"] > report["streamed_before"]
     assert report["gave_up"]  # once nothing is left that could leave
     assert report["afterwards"]
+
+
+def test_a_device_that_is_lost_is_told_in_a_sentence_and_the_next_prompt_runs(host: Host) -> None:
+    prompt = {
+        **start(),
+        "lost": node("ProbeModel", model=["load", 0], what="lost"),
+        "a": our_sampler("lost", steps=STEPS, seed=501),
+        "out": node("ProbeCompare", a=["a", 0], b=["a", 0]),
+    }
+    outcome = host.run(prompt)
+    assert outcome.status == "error"
+    assert "the device cpu stopped working (CUDA error: unspecified launch failure)" in outcome.error
+    assert host.succeed({**prompt, "a": our_sampler("load", steps=STEPS, seed=501)}).report()["equal"]

@@ -219,12 +219,17 @@ class ProbeTable(io.ComfyNode):
         return io.NodeOutput(ui={"report": [json.dumps({"moments": moments})]})
 
 
+def lose_device(apply, args):
+    """As a driver that failed."""
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
 class ProbeModel(io.ComfyNode):
     """A MODEL with something done to it."""
 
     @classmethod
     def define_schema(cls):
-        options = ["direct", "identity blocks", "slow blocks", "slow plain", "nan", "watch table", *PATCHES]
+        options = ["direct", "identity blocks", "slow blocks", "slow plain", "nan", "lost", "watch table", *PATCHES]
         what, seconds = io.Combo.Input("what", options=options), io.Float.Input("seconds", default=0.0, optional=True)
         inputs = [io.Model.Input("model"), what, seconds]
         return io.Schema("ProbeModel", category="probe", inputs=inputs, outputs=[io.Model.Output()])
@@ -251,6 +256,8 @@ class ProbeModel(io.ComfyNode):
 
             for index in range(len(model.model.diffusion_model.single_blocks)):
                 model.set_model_patch_replace(slowly, "dit", "single_block", index)
+        if what == "lost":
+            model.set_model_unet_function_wrapper(lose_device)
         if what == "nan":
             model.set_model_unet_function_wrapper(lambda apply, args: torch.full_like(args["input"], torch.nan))
         return io.NodeOutput(model)
