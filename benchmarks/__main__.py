@@ -48,10 +48,10 @@ __all__ = ["main"]
 TABLES = Path(__file__).resolve().parent / "tables"
 PSNR_SCENES = 200
 PSNR_BAR = 34.0
-MOST_MB = 32  # of the models that draw from text, and again of those that pictures guide
 MB = 1e6
+MOST_BYTES = 32 * MB  # of the models that draw from text, and again of those that pictures guide
 
-Make = Callable[[argparse.Namespace], str | Report]
+Make = Callable[[argparse.Namespace], Report]
 
 QUICK: dict[str, Make] = {
     "embedded": lambda _: embedded(),
@@ -81,26 +81,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--cases", type=int, default=200, help="pictures for each embedded guided model (default: %(default)s)"
     )
-    parser.add_argument("--write", action="store_true", help=f"keep the tables in {TABLES.parent.name}/{TABLES.name}")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"keep the tables in {TABLES.parent.name}/{TABLES.name}, as Markdown and JSON",
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(QUICK | SLOW)
     if unknown:
         parser.error(f"there is no table {', '.join(sorted(unknown))}; there are {', '.join(QUICK | SLOW)}")
     for name in options.names or (QUICK if options.quick else QUICK | SLOW):
-        found, taken = (QUICK | SLOW)[name](options), environment()
-        text = f"{found}\n\n<sub>{taken}</sub>"
+        report, taken = (QUICK | SLOW)[name](options), environment()
+        text = f"{report}\n\n<sub>{taken}</sub>"
         sys.stdout.write(f"## {name}\n\n{text}\n\n")
         sys.stdout.flush()
         if options.write:
-            _keep(name, text, {"environment": taken, **found.data} if isinstance(found, Report) else None)
+            _keep(name, text, {"environment": taken, **report.data})
     return 0
 
 
-def _keep(name: str, text: str, data: Mapping[str, Any] | None) -> None:
+def _keep(name: str, text: str, data: Mapping[str, Any]) -> None:
     TABLES.mkdir(exist_ok=True)
     (TABLES / f"{name}.md").write_text(f"{text}\n", encoding="utf-8")
-    if data is not None:
-        (TABLES / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (TABLES / f"{name}.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def environment() -> str:
@@ -111,31 +114,48 @@ def environment() -> str:
     )
 
 
-def embedded() -> str:
+def embedded() -> Report:
     """Sizes of the embedded files, and the autoencoder's fidelity on fresh scenes."""
-    rows = []
-    readers = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
-    for path in sorted(path for path in FOLDER.iterdir() if path.suffix in readers):
-        count = sum(math.prod(entry.shape) for entry in readers[path.suffix](path).values())
-        rows.append(f"| {path.name} | {count / MB:.2f} M | {path.stat().st_size / MB:.2f} MB |")
-    guided_bytes = sum(path.stat().st_size for path in GUIDED_FILES)
-    text_bytes = sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) - guided_bytes
-    part = open_autoencoder(MINI.autoencoder, torch.device("cpu"), torch.float32)
-    with part.resident() as autoencoder:
-        assert isinstance(autoencoder, Autoencoder)
-        psnr = psnr_on_fresh_scenes(autoencoder, PSNR_SCENES)
-    return "\n".join(
+    rows, sums, psnr = _embedded_files(), _embedded_sums(), _embedded_psnr()
+    text = "\n".join(
         (
             "| file | parameters | size |",
             "|---|---|---|",
-            *rows,
-            f"| all that draw from text | | **{text_bytes / MB:.2f} MB** (bar: {MOST_MB}) |",
-            f"| all that pictures guide | | **{guided_bytes / MB:.2f} MB** (bar: {MOST_MB}) |",
+            *(f"| {row['file']} | {row['parameters'] / MB:.2f} M | {row['bytes'] / MB:.2f} MB |" for row in rows),
+            *(f"| {one['what']} | | **{one['bytes'] / MB:.2f} MB** (bar: {one['bar'] / MB:.0f}) |" for one in sums),
             "",
             f"Autoencoder on {PSNR_SCENES} scenes that training never drew: **{psnr:.2f} dB** PSNR "
             f"(bar: {PSNR_BAR:.0f}).",
         )
     )
+    return Report(text, {"rows": rows, "sums": sums, "psnr": psnr, "psnr_bar": PSNR_BAR, "psnr_scenes": PSNR_SCENES})
+
+
+def _embedded_files() -> list[dict[str, Any]]:
+    """Numbers and bytes of each file of weights."""
+    rows = []
+    readers = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
+    for path in sorted(path for path in FOLDER.iterdir() if path.suffix in readers):
+        count = sum(math.prod(entry.shape) for entry in readers[path.suffix](path).values())
+        rows.append({"file": path.name, "parameters": count, "bytes": path.stat().st_size})
+    return rows
+
+
+def _embedded_sums() -> list[dict[str, Any]]:
+    """Bytes of all files, in two groups, and the most that each may take."""
+    guided_bytes = sum(path.stat().st_size for path in GUIDED_FILES)
+    text_bytes = sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) - guided_bytes
+    return [
+        {"what": "all that draw from text", "bytes": text_bytes, "bar": MOST_BYTES},
+        {"what": "all that pictures guide", "bytes": guided_bytes, "bar": MOST_BYTES},
+    ]
+
+
+def _embedded_psnr() -> float:
+    part = open_autoencoder(MINI.autoencoder, torch.device("cpu"), torch.float32)
+    with part.resident() as autoencoder:
+        assert isinstance(autoencoder, Autoencoder)
+        return psnr_on_fresh_scenes(autoencoder, PSNR_SCENES)
 
 
 if __name__ == "__main__":

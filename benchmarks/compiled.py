@@ -12,9 +12,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from flux.sampling.noise import draw_noise
 
 from .machine import processor
 from .random_files import write_random
+from .report import Report
 from .transformer import COLUMNS, GUIDANCE, MIDDLE, ROWS, TEXT_TOKENS, make_inputs
 
 __all__ = ["CASES", "Case", "main", "table"]
@@ -137,7 +138,8 @@ def _seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _row(case: Case, folder: Path, repeats: int) -> str:
+def _measured(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
+    """The figures of a row."""
     model, before = _Model(case, folder), _graphs()
     plain = model.plain()
     first = _seconds(model.compiled)
@@ -150,10 +152,21 @@ def _row(case: Case, folder: Path, repeats: int) -> str:
     graphs = _graphs() - before
     model.part.residency.release()
     medians = {name: statistics.median(own) for name, own in seconds.items()}
-    took = max(0.0, first - medians["compiled"])
+    return {
+        **asdict(case),
+        "seconds": medians["plain"],
+        "compiled_seconds": medians["compiled"],
+        "ratio": medians["compiled"] / medians["plain"],
+        "compiling_seconds": max(0.0, first - medians["compiled"]),
+        "compilations": graphs,
+        "difference": difference,
+    }
+
+
+def _row(one: Mapping[str, Any]) -> str:
     return (
-        f"| {case.name} | {medians['plain']:.2f} s | {medians['compiled']:.2f} s "
-        f"| **{medians['compiled'] / medians['plain']:.3f}** | {took:.1f} s | {graphs} | {difference:.0e} |"
+        f"| {one['name']} | {one['seconds']:.2f} s | {one['compiled_seconds']:.2f} s | **{one['ratio']:.3f}** "
+        f"| {one['compiling_seconds']:.1f} s | {one['compilations']} | {one['difference']:.0e} |"
     )
 
 
@@ -164,11 +177,12 @@ def _look() -> float:
 
 
 @torch.inference_mode()
-def table(repeats: int = REPEATS, cases: tuple[Case, ...] = CASES) -> str:
-    """Steps as they are and compiled, as Markdown."""
+def table(repeats: int = REPEATS, cases: tuple[Case, ...] = CASES) -> Report:
+    """Steps as they are and compiled."""
     with tempfile.TemporaryDirectory() as folder, _nothing_on_the_disk():
-        rows = [_row(case, Path(folder), repeats) for case in cases]
-    return "\n".join(
+        rows = [_measured(case, Path(folder), repeats) for case in cases]
+    look = _look()
+    text = "\n".join(
         (
             f"Hidden {MIDDLE.hidden}, {MIDDLE.double_blocks} + {MIDDLE.single_blocks} blocks, {ROWS * COLUMNS} + "
             f"{TEXT_TOKENS} tokens in fp32, {processor()}, {torch.get_num_threads()} threads, torch "
@@ -178,11 +192,12 @@ def table(repeats: int = REPEATS, cases: tuple[Case, ...] = CASES) -> str:
             "",
             "| weights | step | compiled | ratio | compiling took | compilations | outputs differ by |",
             "|---|---|---|---|---|---|---|",
-            *rows,
+            *map(_row, rows),
             "",
-            f"To see whether the latents of a 1024x1024 picture are finite takes {_look() * 1e6:.0f} µs a step.",
+            f"To see whether the latents of a 1024x1024 picture are finite takes {look * 1e6:.0f} µs a step.",
         )
     )
+    return Report(text, {"repeats": repeats, "look_seconds": look, "rows": rows})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -27,6 +28,8 @@ from flux.weights.formats.base import DATA
 from flux.weights.formats.bnb import ABSMAX, BLOCK, NF4, NF4_VALUES, QUANT_MAP
 from flux.weights.formats.gguf_blocks import BLOCKS, GGUF_FORMATS
 from flux.weights.formats.gguf_checks import SCALE_PLACES
+
+from .report import Report
 
 __all__ = ["BARRED", "Measured", "main", "measure", "random_blocks", "table"]
 
@@ -142,13 +145,12 @@ def measure_apart(
 
 def table(
     names: Sequence[str] = (*GGUF_FORMATS, NF4.name), shape: tuple[int, int] = SHAPE, repeats: int = REPEATS
-) -> str:
-    """The comparison as Markdown."""
+) -> Report:
+    """The comparison."""
     found = measure_apart(names, shape, repeats)
     kept = measure_apart([name for name in names if name in BARRED], shape, repeats, MALLOC)
     kept_ratios = {one.name: one.ratio for one in kept}
-    rows = [_row(one, kept_ratios.get(one.name)) for one in found]
-    return "\n".join(
+    text = "\n".join(
         (
             f"A matrix of {shape[0]} x {shape[1]} to fp32 on the CPU, {THREADS} threads, medians of {repeats} taken in "
             "turn, equal to the bit. Beside: the `gguf` package's NumPy code; for nf4 the plain look-up in torch. "
@@ -157,9 +159,17 @@ def table(
             "",
             "| | numbers a ns | GB/s written | beside | times as fast | bar | with `make`'s malloc settings |",
             "|---|---|---|---|---|---|---|",
-            *rows,
+            *(_row(one, kept_ratios.get(one.name)) for one in found),
         )
     )
+    rows = [_figures(one, kept_ratios.get(one.name)) for one in found]
+    return Report(text, {"shape": shape, "threads": THREADS, "repeats": repeats, "rows": rows})
+
+
+def _figures(one: Measured, kept: float | None) -> dict[str, Any]:
+    """Those of a row; ``kept`` is the ratio with the Makefile's malloc settings."""
+    bar = BAR if one.name in BARRED else None
+    return {**asdict(one), "ratio": one.ratio, "bar": bar, "ratio_with_malloc_settings": kept}
 
 
 def _row(one: Measured, kept: float | None) -> str:

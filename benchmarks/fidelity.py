@@ -16,7 +16,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from flux.weights.formats.written import GGUF, WRITTEN
 from flux.weights.storing import packs
 
 from .prompts import CELL, NATIVE, TOKEN, requests_for_measuring
+from .report import Report
 
 __all__ = ["Fidelity", "Runs", "measure", "table"]
 
@@ -167,14 +168,15 @@ def stored_as(name: str, path: Path, folder: Path) -> Path:
     return target
 
 
-def table(names: Sequence[str] = tuple(WRITTEN), count: int = COUNT) -> str:
-    """The comparison as Markdown."""
+def table(names: Sequence[str] = tuple(WRITTEN), count: int = COUNT) -> Report:
+    """The comparison."""
+    found = measure(names, count)
     rows = [
         f"| {own.name} | {WRITTEN[own.name].title} | {own.packed_bytes:.2f} | {own.file_bytes:.2f} "
         f"| {_share(own.weights)} | {_share(own.velocity)} | {_decibel(own.psnr)} | {_decibel(own.worst_psnr)} |"
-        for own in measure(names, count)
+        for own in found
     ]
-    return "\n".join(
+    text = "\n".join(
         (
             "`flux1-mini` (its own file is bf16, which is exact therefore) in every format of `convert`, run in fp32 "
             f"on the CPU, packed weights packed. {count} pictures of 128x128 against those of the fp32 file at equal "
@@ -185,6 +187,8 @@ def table(names: Sequence[str] = tuple(WRITTEN), count: int = COUNT) -> str:
             *rows,
         )
     )
+    data = [{**asdict(own), "title": WRITTEN[own.name].title} for own in found]
+    return Report(text, {"pictures": count, "rows": data})
 
 
 def _share(error: float) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks.checker import Blob, check, find_blobs
 from benchmarks.checker.picture import VISIBLE, measure
 from benchmarks.prompts import draw_group
+from benchmarks.report import Report
 from flux.adapters.guides import Channels, Guide, Reference, StyleTokens
 from flux.mini import files
 from flux.mini.examples import (
@@ -323,25 +324,35 @@ BARS = {
 }  # fmt: skip
 
 
-def table(count: int, names: Sequence[str] | None = None) -> str:
-    """Rates of the embedded guided models as Markdown, beside their bars."""
-    rows = ["| model | what | measured | bar |", "|---|---|---|---|"]
+def table(count: int, names: Sequence[str] | None = None) -> Report:
+    """Rates of the embedded guided models, beside their bars."""
     began = time.monotonic()
-    for name in names or MEASURES:
-        score = MEASURES[name](count)
-        for what, rate in score.rates().items():
-            bar = BARS.get(what)
-            shown = f"{rate:.3f}" if "IoU" in what else f"{100 * rate:.1f} %"
-            least = "" if bar is None else f"≥ {bar:.2f}" if "IoU" in what else f"≥ {100 * bar:.0f} %"
-            rows.append(f"| {score.name} | {what} | {shown} | {least} |")
-    if names is None or "style" in names:
-        rows += ["", *_by_strength(count)]
-    seconds = time.monotonic() - began
+    rows = [row for name in names or MEASURES for row in _figures(MEASURES[name](count))]
+    strengths = _by_strength(count) if names is None or "style" in names else []
+    seconds, mark = time.monotonic() - began, weights_mark()
     note = (
         f"{count} held-out cases each, 128x128, defaults; {seconds:.0f} s in all. Bars of what else stays (rest kept, "
-        f"rest: colours equal) are this project's own. Weights: {weights_mark()}."
+        f"rest: colours equal) are this project's own. Weights: {mark}."
     )
-    return "\n".join((*rows, "", note))
+    head = ("| model | what | measured | bar |", "|---|---|---|---|")
+    text = "\n".join((*head, *map(_row, rows), "", *_strength_lines(strengths), note))
+    return Report(text, {"cases": count, "seconds": seconds, "weights": mark, "rows": rows, "strengths": strengths})
+
+
+def _figures(score: Score) -> list[dict[str, Any]]:
+    return [
+        {"model": score.name, "what": what, "measured": rate, "bar": BARS.get(what)}
+        for what, rate in score.rates().items()
+    ]
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    what, bar = one["what"], one["bar"]
+    if "IoU" in what:
+        shown, least = f"{one['measured']:.3f}", "" if bar is None else f"≥ {bar:.2f}"
+    else:
+        shown, least = f"{100 * one['measured']:.1f} %", "" if bar is None else f"≥ {100 * bar:.0f} %"
+    return f"| {one['model']} | {what} | {shown} | {least} |"
 
 
 def weights_mark() -> str:
@@ -352,17 +363,28 @@ def weights_mark() -> str:
     return digest.hexdigest()[:MARK_LENGTH]
 
 
-def _by_strength(count: int) -> list[str]:
+def _by_strength(count: int) -> list[dict[str, float]]:
     """How much of a reference is there again, by Redux strength."""
-    model, redux = files.open_mini(files.MINI_REDUX), files.open_redux_mini()
-    shares = [style(max(1, count // 2), model, strength, redux).rates()["colour and shape"] for strength in STRENGTHS]
+    model, redux, cases = files.open_mini(files.MINI_REDUX), files.open_redux_mini(), max(1, count // 2)
+    return [
+        {"strength": strength, "there_again": style(cases, model, strength, redux).rates()["colour and shape"]}
+        for strength in STRENGTHS
+    ]
+
+
+def _strength_lines(found: Sequence[Mapping[str, float]]) -> list[str]:
+    """The same as Markdown with an empty line at its end; nothing of nothing."""
+    if not found:
+        return []
+    strengths, shares = zip(*((one["strength"], one["there_again"]) for one in found), strict=True)
     falls = all(one > other for one, other in pairwise(shares))
     return [
-        f"| Redux strength | {' | '.join(f'{strength:g}' for strength in STRENGTHS)} |",
-        f"|---|{'---|' * len(STRENGTHS)}",
+        f"| Redux strength | {' | '.join(f'{strength:g}' for strength in strengths)} |",
+        f"|---|{'---|' * len(found)}",
         f"| colour and shape there again | {' | '.join(f'{100 * share:.0f} %' for share in shares)} |",
         "",
         f"It {'falls' if falls else 'does not fall'} with every step.",
+        "",
     ]
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +31,14 @@ from flux.pipelines.parts import open_transformer
 from flux.weights.formats.gguf_blocks import BLOCKS
 
 from .machine import peak_resident
+from .report import Report
 
 __all__ = ["Opened", "main", "measure", "table", "write_sparse"]
 
 REPEATS = 15
-TIME_BAR, MEMORY_BAR = 50.0, 50.0
 MILLI = 1e-3
 MB, GB = 1e6, 1e9
+TIME_BAR, MEMORY_BAR = 50 * MILLI, 50 * MB
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -101,29 +103,47 @@ def measure_apart(path: Path, repeats: int = REPEATS) -> Opened:
     return Opened(**json.loads(done.stdout))
 
 
-def table(shapes: Shapes | None = None, repeats: int = REPEATS) -> str:
-    """Times and memory as Markdown; of FLUX.1 [dev], or of a transformer with these tensors."""
+def table(shapes: Shapes | None = None, repeats: int = REPEATS) -> Report:
+    """Times and memory; of FLUX.1 [dev], or of a transformer with these tensors."""
     from tests.fixtures.listings import flux1_bfl
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for suffix in (".safetensors", ".gguf"):
             path = write_sparse(Path(folder) / f"flux1-dev{suffix}", shapes or flux1_bfl())
-            rows.append(_row(path, measure_apart(path, repeats)))
-    return "\n".join(
+            rows.append(_figures(path, measure_apart(path, repeats)))
+    text = "\n".join(
         (
             "| FLUX.1 [dev] in 16 bits, one file | open, cold | open | bar | memory | bar | inspect, cold | inspect |",
             "|---|---|---|---|---|---|---|---|",
-            *rows,
+            *map(_row, rows),
         )
     )
+    return Report(text, {"repeats": repeats, "rows": rows})
 
 
-def _row(path: Path, one: Opened) -> str:
-    times = [f"{seconds / MILLI:.0f} ms" for seconds in (one.first, one.again, one.inspect_first, one.inspect_again)]
+def _figures(path: Path, one: Opened) -> dict[str, Any]:
+    return {
+        "container": path.suffix.lstrip("."),
+        "file_bytes": path.stat().st_size,
+        "open_cold_seconds": one.first,
+        "open_seconds": one.again,
+        "open_bar": TIME_BAR,
+        "memory_bytes": one.memory,
+        "memory_bar": MEMORY_BAR,
+        "inspect_cold_seconds": one.inspect_first,
+        "inspect_seconds": one.inspect_again,
+    }
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    cold, again, bar, inspect_cold, inspect = (
+        f"{one[name] / MILLI:.0f} ms"
+        for name in ("open_cold_seconds", "open_seconds", "open_bar", "inspect_cold_seconds", "inspect_seconds")
+    )
     return (
-        f"| {path.suffix.lstrip('.')}, {path.stat().st_size / GB:.1f} GB | {times[0]} | **{times[1]}** "
-        f"| ≤ {TIME_BAR:.0f} ms | **{one.memory / MB:.1f} MB** | ≤ {MEMORY_BAR:.0f} MB | {times[2]} | {times[3]} |"
+        f"| {one['container']}, {one['file_bytes'] / GB:.1f} GB | {cold} | **{again}** | ≤ {bar} "
+        f"| **{one['memory_bytes'] / MB:.1f} MB** | ≤ {one['memory_bar'] / MB:.0f} MB | {inspect_cold} | {inspect} |"
     )
 
 

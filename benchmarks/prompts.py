@@ -10,14 +10,16 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.checker import Tally, check
+from benchmarks.report import Report
 from flux.mini.files import MINI, MINI_SCHNELL, open_mini
 from flux.mini.language import Request, is_held_out, mirrored, phrase, random_request, text_of
 from flux.pipelines.denoising import Guidance, denoise
@@ -26,24 +28,25 @@ from flux.pipelines.text_to_image import FluxModel, decode, plan_sigmas
 from flux.pipelines.text_to_image import Request as Settings
 from flux.sampling.noise import draw_noise
 
-__all__ = ["Report", "main", "measure", "table"]
+__all__ = ["Judged", "main", "measure", "table"]
 
 MODELS = {"mini": MINI, "mini-schnell": MINI_SCHNELL}
 NATIVE = (128, 128)  # width and height
 OTHER_CANVASES = ((96, 96), (112, 144), (192, 128), (128, 192), (192, 192))
 OTHERS_OF = 6  # these are measured on one prompt in so many
+OTHER_KINDS = ("all", "position", "words")  # of what is asked on them
 CELL, TOKEN = 8, 16  # pixels that a latent cell, and a transformer's token, stand for
 SEED = 2_026
 BATCH = 16  # prompts that walk side by side; they do not touch each other
 FAULTS_SHOWN = 12
-BARS: dict[str, int | None] = {
-    "colour": 98, "shape": 95, "position": 97, "all": 90, "words of 3-4 letters": 85,
+BARS: dict[str, float | None] = {
+    "colour": 0.98, "shape": 0.95, "position": 0.97, "all": 0.9, "words of 3-4 letters": 0.85,
     "size": None, "count": None, "background": None, "words": None,
 }  # fmt: skip
 
 
 @dataclass
-class Report:
+class Judged:
     """What came out: rates by kind, the time it took, and examples of faults."""
 
     model: str
@@ -74,10 +77,10 @@ def _held_out_relation(rng: random.Random) -> Request:
 
 def measure(
     name: str, count: int, *, model: FluxModel | None = None, keep: int = 0, canvas: tuple[int, int] = NATIVE
-) -> Report:
+) -> Judged:
     """Draw and judge ``count`` prompts at a canvas' width and height; the first ``keep`` pictures are kept."""
     model = model or open_mini(MODELS[name])
-    report = Report(name)
+    judged = Judged(name)
     chosen = requests_for_measuring(count)
     began = time.monotonic()
     for start in range(0, count, BATCH):
@@ -85,13 +88,13 @@ def measure(
         pixels = draw_group(model, [text for _, text in group], SEED + start, canvas)
         for (request, text), picture in zip(group, pixels, strict=True):
             verdict = check(picture.numpy(), request)
-            report.tally.add(verdict, request)
+            judged.tally.add(verdict, request)
             if verdict.faults:
-                report.faults.append(f"{text!r}: {'; '.join(verdict.faults)}")
-            if len(report.pictures) < keep:
-                report.pictures.append(picture)
-    report.seconds = time.monotonic() - began
-    return report
+                judged.faults.append(f"{text!r}: {'; '.join(verdict.faults)}")
+            if len(judged.pictures) < keep:
+                judged.pictures.append(picture)
+    judged.seconds = time.monotonic() - began
+    return judged
 
 
 def draw_group(
@@ -116,27 +119,49 @@ def draw_group(
     )
 
 
-def table(count: int, names: list[str] | None = None) -> str:
-    """Rates of the embedded models as Markdown, beside their bars."""
-    reports = [measure(name, count) for name in names or sorted(MODELS)]
-    rates = [report.tally.rates() for report in reports]
-    rows = [f"| | {' | '.join(r.model for r in reports)} | bar (mini) |", f"|---|{'---|' * len(reports)}---|"]
-    for kind, bar in BARS.items():
-        cells = " | ".join(f"{100 * rate.get(kind, 0.0):.1f} %" for rate in rates)
-        rows.append(f"| {kind} | {cells} | {f'≥ {bar} %' if bar else ''} |")
-    seconds = ", ".join(f"{r.model} {r.seconds / count:.2f} s" for r in reports)
-    native = f"{count} held-out prompts a model, 128x128, defaults; time a picture: {seconds}."
-    return "\n".join((*rows, "", native, "", *_other_canvases(count // OTHERS_OF)))
+def table(count: int, names: list[str] | None = None) -> Report:
+    """Rates of the embedded models, beside the bars of mini."""
+    judged = [measure(name, count) for name in names or sorted(MODELS)]
+    rates = {one.model: one.tally.rates() for one in judged}
+    rows = [
+        {"what": kind, "rates": {model: own.get(kind, 0.0) for model, own in rates.items()}, "bar": BARS[kind]}
+        for kind in BARS
+    ]
+    seconds = {one.model: one.seconds / count for one in judged}
+    canvases = [_on_canvas(count // OTHERS_OF, canvas) for canvas in OTHER_CANVASES]
+    told = ", ".join(f"{model} {own:.2f} s" for model, own in seconds.items())
+    text = "\n".join(
+        (
+            f"| | {' | '.join(rates)} | bar (mini) |",
+            f"|---|{'---|' * len(rates)}---|",
+            *map(_row, rows),
+            "",
+            f"{count} held-out prompts a model, 128x128, defaults; time a picture: {told}.",
+            "",
+            "| mini on other canvases | all | position | words |",
+            "|---|---|---|---|",
+            *map(_canvas_row, canvases),
+        )
+    )
+    return Report(text, {"prompts": count, "rows": rows, "seconds": seconds, "canvases": canvases})
 
 
-def _other_canvases(count: int) -> list[str]:
-    """How mini does on other canvases, as Markdown rows."""
-    rows = ["| mini on other canvases | all | position | words |", "|---|---|---|---|"]
-    for width, height in OTHER_CANVASES:
-        rates = measure("mini", count, canvas=(width, height)).tally.rates()
-        cells = " | ".join(f"{100 * rates.get(kind, 0.0):.0f} %" for kind in ("all", "position", "words"))
-        rows.append(f"| {width}x{height}, {count} prompts | {cells} |")
-    return rows
+def _on_canvas(count: int, canvas: tuple[int, int]) -> dict[str, Any]:
+    """How mini does on another canvas."""
+    rates = measure("mini", count, canvas=canvas).tally.rates()
+    shares = {kind: rates.get(kind, 0.0) for kind in OTHER_KINDS}
+    return {"width": canvas[0], "height": canvas[1], "prompts": count, "rates": shares}
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    cells = " | ".join(f"{100 * rate:.1f} %" for rate in one["rates"].values())
+    bar = "" if one["bar"] is None else f"≥ {100 * one['bar']:.0f} %"
+    return f"| {one['what']} | {cells} | {bar} |"
+
+
+def _canvas_row(one: Mapping[str, Any]) -> str:
+    cells = " | ".join(f"{100 * rate:.0f} %" for rate in one["rates"].values())
+    return f"| {one['width']}x{one['height']}, {one['prompts']} prompts | {cells} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,12 +173,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--faults", action="store_true", help="list what was wrong")
     options = parser.parse_args(arguments)
     for name in options.model or sorted(MODELS):
-        report = measure(name, options.count, keep=32 if options.sheet else 0)
-        sys.stdout.write(f"## {name}: {options.count} prompts, {report.seconds:.0f} s\n\n{report.tally.table()}\n\n")
-        for fault in report.faults[: None if options.faults else FAULTS_SHOWN]:
+        judged = measure(name, options.count, keep=32 if options.sheet else 0)
+        sys.stdout.write(f"## {name}: {options.count} prompts, {judged.seconds:.0f} s\n\n{judged.tally.table()}\n\n")
+        for fault in judged.faults[: None if options.faults else FAULTS_SHOWN]:
             sys.stdout.write(f"- {fault}\n")
         if options.sheet:
-            _write_sheet(report.pictures, options.sheet.with_stem(f"{options.sheet.stem}-{name}"))
+            _write_sheet(judged.pictures, options.sheet.with_stem(f"{options.sheet.stem}-{name}"))
     return 0
 
 

@@ -10,6 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from .report import Report
+
 __all__ = ["table"]
 
 REPEATS = 5
@@ -18,17 +20,21 @@ START_BAR, DRAW_BAR = 4.0, 3.0
 DRAWING = ("text", "sampling", "decoding")
 
 
-def table() -> str:
-    """Medians of start-up and drawing of ``flux1-mini`` (16 steps, 128x128) in seconds, as Markdown."""
+def table() -> Report:
+    """Medians of start-up and drawing of ``flux1-mini`` (16 steps, 128x128)."""
     starts, draws = zip(*(_run() for _ in range(REPEATS)), strict=True)
-    return "\n".join(
+    rows = [
+        {"what": "start-up: interpreter, imports, opening", "seconds": statistics.median(starts), "bar": START_BAR},
+        {"what": "text, 16 steps, decoding", "seconds": statistics.median(draws), "bar": DRAW_BAR},
+    ]
+    text = "\n".join(
         (
             f"| `generate` with mini, 16 steps, 128x128, median of {REPEATS} | seconds | bar |",
             "|---|---|---|",
-            f"| start-up: interpreter, imports, opening | **{statistics.median(starts):.2f}** | ≤ {START_BAR:.0f} |",
-            f"| text, 16 steps, decoding | **{statistics.median(draws):.2f}** | ≤ {DRAW_BAR:.0f} |",
+            *(f"| {row['what']} | **{row['seconds']:.2f}** | ≤ {row['bar']:.0f} |" for row in rows),
         )
     )
+    return Report(text, {"repeats": REPEATS, "rows": rows})
 
 
 def _run() -> tuple[float, float]:

@@ -10,8 +10,9 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from flux.sampling.noise import draw_noise
 from .fidelity import psnr
 from .machine import processor
 from .prompts import CELL, NATIVE, SEED, TOKEN, requests_for_measuring
+from .report import Report
 
 __all__ = ["Run", "main", "measure", "table"]
 
@@ -99,13 +101,15 @@ def _sampled(
     return latents, seconds, None if cached is None else cached.skipped
 
 
-def table(steps: Sequence[int] = STEPS, thresholds: Sequence[float] = THRESHOLDS, count: int = COUNT) -> str:
-    """Thresholds beside no cache as Markdown."""
+def table(steps: Sequence[int] = STEPS, thresholds: Sequence[float] = THRESHOLDS, count: int = COUNT) -> Report:
+    """Thresholds beside no cache."""
     model = open_mini(MINI, dtype=torch.float32)
     spec, usual = model.transformer.spec, StepCache()
     blocks = spec.double_blocks + spec.single_blocks
-    rows = [_row(run, runs[0]) for own in steps for runs in [measure(own, thresholds, count, model)] for run in runs]
-    return "\n".join(
+    rows = [
+        _figures(run, runs[0]) for own in steps for runs in [measure(own, thresholds, count, model)] for run in runs
+    ]
+    text = "\n".join(
         (
             f"`flux1-mini` in fp32, {NATIVE[0]}x{NATIVE[1]}, {count} held-out prompts, against pictures without a "
             f"cache at equal seeds; at most {usual.max_skips} skips one after the other, the first {usual.warmup} "
@@ -114,21 +118,33 @@ def table(steps: Sequence[int] = STEPS, thresholds: Sequence[float] = THRESHOLDS
             "",
             "| steps | threshold | steps skipped | blocks skipped | time | PSNR, median | worst |",
             "|---|---|---|---|---|---|---|",
-            *rows,
+            *map(_row, rows),
         )
     )
+    return Report(text, {"pictures": count, "blocks": blocks, "threads": torch.get_num_threads(), "rows": rows})
 
 
-def _row(run: Run, exact: Run) -> str:
-    if run.threshold is None:
-        return f"| {run.steps} | no cache | | | {1000 * statistics.median(run.seconds):.0f} ms | | |"
-    steps = statistics.mean(len(skipped.skipped) for skipped in run.skipped)
-    share = statistics.mean(skipped.share for skipped in run.skipped)
-    ratio = statistics.median(own / whole for own, whole in zip(run.seconds, exact.seconds, strict=True))
-    usual = "**" if run.threshold == StepCache().threshold else ""
+def _figures(run: Run, exact: Run) -> dict[str, Any]:
+    return {
+        "steps": run.steps,
+        "threshold": run.threshold,
+        "seconds": statistics.median(run.seconds),
+        "ratio": statistics.median(own / whole for own, whole in zip(run.seconds, exact.seconds, strict=True)),
+        "skipped_steps": statistics.mean([len(skipped.skipped) for skipped in run.skipped] or [0]),
+        "skipped_share": statistics.mean([skipped.share for skipped in run.skipped] or [0.0]),
+        "psnr": statistics.median(run.psnr),
+        "worst_psnr": min(run.psnr),
+    }
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    if one["threshold"] is None:
+        return f"| {one['steps']} | no cache | | | {1000 * one['seconds']:.0f} ms | | |"
+    usual = "**" if one["threshold"] == StepCache().threshold else ""
     return (
-        f"| {run.steps} | {usual}{run.threshold:g}{usual} | {steps:.1f} | {100 * share:.0f} % | {ratio:.2f} "
-        f"| {_decibel(statistics.median(run.psnr))} | {_decibel(min(run.psnr))} |"
+        f"| {one['steps']} | {usual}{one['threshold']:g}{usual} | {one['skipped_steps']:.1f} "
+        f"| {100 * one['skipped_share']:.0f} % | {one['ratio']:.2f} | {_decibel(one['psnr'])} "
+        f"| {_decibel(one['worst_psnr'])} |"
     )
 
 

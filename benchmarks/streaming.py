@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from flux.sampling.noise import draw_noise
 from .engines import PATCH
 from .machine import processor
 from .random_files import write_random
+from .report import Report
 from .transformer import COLUMNS, GUIDANCE, MIDDLE, ROWS, TEXT_TOKENS, make_inputs
 
 __all__ = ["main", "table"]
@@ -63,31 +64,29 @@ def _run(path: Path, share: float) -> Run:
 
 
 @torch.inference_mode()
-def table(repeats: int = REPEATS) -> str:
-    """Steps under falling limits as Markdown."""
+def table(repeats: int = REPEATS) -> Report:
+    """Steps under falling limits."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flux1-middle.safetensors"
         write_random(path, lambda: Flux1(MIDDLE), "flux1-bfl", "bf16", MIDDLE.title)
         runs = {share: _run(path, share) for share in SHARES}
         outputs = [run.step() for run in runs.values()]  # warm-up
-        seconds: dict[float, list[float]] = {share: [] for share in runs}
-        for _ in range(repeats):
-            for share, run in runs.items():
-                start = time.perf_counter()
-                run.step()
-                seconds[share].append(time.perf_counter() - start)
+        medians = _timed(runs, repeats)
         for run in runs.values():
             run.part.residency.release()
-    medians = {share: statistics.median(own) for share, own in seconds.items()}
     same = all(torch.equal(output, outputs[0]) for output in outputs)
-    rows = []
-    for share, run in runs.items():
-        bar = f"≤ {BAR[share]:.2f}" if share in BAR else ""
-        rows.append(
-            f"| {100 * share:.0f} % | {run.streamed} | {run.bytes / MIB:.0f} MiB | {medians[share]:.2f} s "
-            f"| {medians[share] / medians[1.0]:.3f} | {bar} |"
-        )
-    return "\n".join(
+    rows = [
+        {
+            "share": share,
+            "blocks_streamed": run.streamed,
+            "bytes": run.bytes,
+            "seconds": medians[share],
+            "ratio": medians[share] / medians[1.0],
+            "bar": BAR.get(share),
+        }
+        for share, run in runs.items()
+    ]
+    text = "\n".join(
         (
             f"Hidden {MIDDLE.hidden}, {MIDDLE.double_blocks} + {MIDDLE.single_blocks} blocks stored in bf16, "
             f"{ROWS * COLUMNS} + {TEXT_TOKENS} tokens in fp32, {processor()}, {torch.get_num_threads()} threads; "
@@ -95,8 +94,28 @@ def table(repeats: int = REPEATS) -> str:
             "",
             "| room for | blocks streamed | weights in memory | step | ratio | bar |",
             "|---|---|---|---|---|---|",
-            *rows,
+            *map(_row, rows),
         )
+    )
+    return Report(text, {"repeats": repeats, "equal": same, "rows": rows})
+
+
+def _timed(runs: Mapping[float, Run], repeats: int) -> dict[float, float]:
+    """Median seconds of a step of each, taken in turn."""
+    seconds: dict[float, list[float]] = {share: [] for share in runs}
+    for _ in range(repeats):
+        for share, run in runs.items():
+            start = time.perf_counter()
+            run.step()
+            seconds[share].append(time.perf_counter() - start)
+    return {share: statistics.median(own) for share, own in seconds.items()}
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    bar = "" if one["bar"] is None else f"≤ {one['bar']:.2f}"
+    return (
+        f"| {100 * one['share']:.0f} % | {one['blocks_streamed']} | {one['bytes'] / MIB:.0f} MiB "
+        f"| {one['seconds']:.2f} s | {one['ratio']:.3f} | {bar} |"
     )
 
 

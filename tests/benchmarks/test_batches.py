@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import batches
+from tests.benchmarks.figures import rows_of
 from tests.tiny import TINY
 
 
@@ -13,7 +14,7 @@ def test_every_batch_is_timed_and_compared_with_one_alone(monkeypatch):
     for name in ("benchmarks.transformer", "benchmarks.batches"):
         monkeypatch.setattr(f"{name}.ROWS", 2)
         monkeypatch.setattr(f"{name}.COLUMNS", 2)
-    rows = batches.table(repeats=1).data["rows"]
+    rows = rows_of(batches.table(repeats=1))
     assert [row["batch"] for row in rows] == [1, 2, 4]
     assert rows[0]["ratio"] == 1
     assert rows[2]["ratio"] == pytest.approx(rows[2]["seconds"] / 4 / rows[0]["seconds"])

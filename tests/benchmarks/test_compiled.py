@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import compiled
 from flux.pipelines import compiled as engine
+from tests.benchmarks.figures import rows_of
 from tests.tiny import TINY
 
 DEEP = replace(TINY, name="deep", title="a deep one", double_blocks=2, single_blocks=4)
@@ -28,12 +29,15 @@ def small(monkeypatch):
 
 def test_every_case_is_timed_and_only_the_first_one_compiles(monkeypatch):
     monkeypatch.setattr(engine, "INDUCTOR", "eager")
-    text = compiled.table(repeats=1)
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| fp32", "| fp8"))]
-    assert [row[0].removeprefix("| ") for row in rows] == [case.name for case in compiled.CASES]
-    assert [int(row[5]) for row in rows] == [2, 0, 0]
-    assert all(float(row[6].removesuffix(" |")) < 1e-5 for row in rows)
-    assert "are finite takes" in text
+    report = compiled.table(repeats=1)
+    rows = rows_of(report)
+    assert [row["name"] for row in rows] == [case.name for case in compiled.CASES]
+    assert [row["compilations"] for row in rows] == [2, 0, 0]
+    assert all(row["difference"] < 1e-5 for row in rows)
+    assert all(row["ratio"] == row["compiled_seconds"] / row["seconds"] for row in rows)
+    assert report.data["look_seconds"] > 0
+    assert all(f"| {case.name} | " in report.text for case in compiled.CASES)
+    assert "are finite takes" in report.text
 
 
 def test_where_nothing_can_be_compiled_there_is_no_table(monkeypatch):

@@ -17,6 +17,7 @@ from benchmarks.decoding import (
     table,
 )
 from flux.weights.formats.gguf_blocks import BLOCKS, GGUF_FORMATS
+from tests.benchmarks.figures import rows_of
 
 SHAPE = (4, 512)
 
@@ -58,12 +59,19 @@ def test_the_table_has_a_row_for_each_type_with_its_bar(monkeypatch):
         return [decoding.Measured(name, 1000, 1e-6, 7e-6 if malloc is None else 4e-6, 0.12) for name in names]
 
     monkeypatch.setattr(decoding, "measure_apart", fake)
-    rows = {row.split("|")[1].strip(): row for row in table().splitlines() if row.startswith("| ")}
+    report = table()
+    rows = {row.split("|")[1].strip(): row for row in str(report).splitlines() if row.startswith("| ")}
     assert set(GGUF_FORMATS) | {"nf4"} <= set(rows)
-    assert "Other processes had up to 12 %" in table()
+    assert "Other processes had up to 12 %" in str(report)
     for name in BARRED:
         assert rows[name] == f"| {name} | 1.00 | 4.0 | 0.143 | **7.0** | ≥ 5 | 4.0 |"
     assert rows["Q2_K"] == "| Q2_K | 1.00 | 4.0 | 0.143 | **7.0** |  |  |"
+    figures = {row["name"]: row for row in rows_of(report)}
+    assert list(figures) == [*GGUF_FORMATS, "nf4"]
+    assert (figures["nf4"]["bar"], figures["Q2_K"]["bar"]) == (5.0, None)
+    assert figures["nf4"]["ratio"] == pytest.approx(7)
+    assert figures["nf4"]["ratio_with_malloc_settings"] == pytest.approx(4)
+    assert figures["Q2_K"]["ratio_with_malloc_settings"] is None
     assert asked[0][1] is None
     assert set(asked[1][0]) == set(BARRED)
     assert asked[1][1] == MALLOC

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import fidelity
 from benchmarks.fidelity import Fidelity, measure, psnr, relative_error, table
+from tests.benchmarks.figures import rows_of
 
 
 def test_fewer_bits_cost_more_and_fp32_costs_nothing():
@@ -37,5 +38,9 @@ def test_the_error_of_several_tensors_is_that_of_all_their_numbers():
 def test_the_table_has_a_row_for_each_format(monkeypatch):
     found = Fidelity("fp8", 1.0, 1.094, 0.0263, 0.14, 41.26, math.inf)
     monkeypatch.setattr(fidelity, "measure", lambda names, count: [found])
-    row = table(("fp8",)).splitlines()[-1]
+    report = table(("fp8",))
+    row = str(report).splitlines()[-1]
     assert row == "| fp8 | fp8 e4m3fn, a scale for each tensor | 1.00 | 1.09 | 2.6 % | 14 % | 41.3 dB | equal |"
+    [figures] = rows_of(report)
+    assert (figures["name"], figures["file_bytes"], figures["psnr"]) == ("fp8", 1.094, 41.26)
+    assert figures["worst_psnr"] is None

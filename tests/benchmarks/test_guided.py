@@ -12,6 +12,7 @@ import pytest
 from benchmarks import guided
 from flux.mini.examples import control_example, edit_example
 from flux.mini.scenes import draw
+from tests.benchmarks.figures import rows_of
 
 
 def judged(example, image):
@@ -81,6 +82,20 @@ def test_shares_means_and_faults_are_told_by_name():
     score.value("rest: IoU", 0.5)
     assert score.rates() == {"object in the hole": 0.5, "rest: IoU": 0.5}
     assert score.faults == ["object in the hole: it is a cross"]
+
+
+def test_shares_and_means_stand_in_the_table_beside_their_bars(monkeypatch):
+    score = guided.Score("kontext-mini", {"change made": [True] * 3 + [False], "other": [True]}, {"rest: IoU": [0.5]})
+    monkeypatch.setattr(guided, "MEASURES", {"edit": lambda count: score})
+    report = guided.table(4, ["edit"])
+    assert report.text.splitlines()[2:5] == [
+        "| kontext-mini | change made | 75.0 % | ≥ 85 % |",
+        "| kontext-mini | other | 100.0 % |  |",
+        "| kontext-mini | rest: IoU | 0.500 | ≥ 0.90 |",
+    ]
+    assert "\n\n4 held-out cases each" in report.text
+    assert [(row["measured"], row["bar"]) for row in rows_of(report)] == [(0.75, 0.85), (1.0, None), (0.5, 0.9)]
+    assert report.data["strengths"] == []
 
 
 def test_the_kept_table_has_every_model_and_keeps_every_bar():

@@ -20,6 +20,7 @@ from flux.mini.scenes import PALETTE
 from flux.pipelines.guided import ReferenceInput
 from flux.pipelines.text_to_image import Request, generate
 from flux.preprocess.references import fit_reference
+from tests.benchmarks.figures import rows_of
 
 CASES = 32
 LUCK = 0.1  # two deviations of a rate of nine in ten among so many
@@ -60,6 +61,19 @@ def test_things_of_a_reference_come_again_the_less_so_the_weaker_it_is():
     weaker = [guided.style(CASES, strength=strength).rates()["colour and shape"] for strength in (0.4, 0.0)]
     assert seen["colour and shape"] > weaker[0] + LUCK
     assert weaker[0] > weaker[1]
+
+
+def test_a_table_has_a_row_for_each_figure_and_one_for_each_strength(monkeypatch):
+    monkeypatch.setattr(guided, "STRENGTHS", (1.0, 0.0))
+    report = guided.table(1, ["style"])
+    rows = {row["what"]: row for row in rows_of(report)}
+    assert {row["model"] for row in rows.values()} == {"redux-mini"}
+    assert all(0 <= row["measured"] <= 1 for row in rows.values())
+    assert (rows["colours again"]["bar"], rows["background"]["bar"]) == (0.85, None)
+    assert [one["strength"] for one in report.data["strengths"]] == [1.0, 0.0]
+    assert report.text.count("| redux-mini |") == len(rows)
+    assert "\n\n| Redux strength | 1 | 0 |\n|---|---|---|\n| colour and shape there again | " in report.text
+    assert "with every step.\n\n1 held-out cases each" in report.text
 
 
 @pytest.mark.parametrize(("seed", "size"), [(0, (128, 128)), (1, (128, 128)), (2, (120, 104)), (3, (104, 120))])

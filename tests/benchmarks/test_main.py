@@ -20,8 +20,9 @@ SLOW = (
 def tables(monkeypatch, tmp_path):
     """Every table a word."""
     for module in ("startup", "opening", *SLOW):
-        monkeypatch.setattr(getattr(benchmarks, module), "table", lambda *_, module=module: f"table of {module}")
-    monkeypatch.setattr(benchmarks, "embedded", lambda: "table of embedded")
+        report = Report(f"table of {module}", {"rows": [module]})
+        monkeypatch.setattr(getattr(benchmarks, module), "table", lambda *_, report=report: report)
+    monkeypatch.setattr(benchmarks, "embedded", lambda: Report("table of embedded", {"rows": ["embedded"]}))
     monkeypatch.setattr(benchmarks, "TABLES", tmp_path / "tables")
     return tmp_path / "tables"
 
@@ -53,11 +54,7 @@ def test_tables_that_are_kept_have_a_title_in_the_readme_and_tell_what_they_were
     assert (tables / "fidelity.md").read_text() == f"table of fidelity\n\n<sub>{benchmarks.environment()}</sub>\n"
 
 
-def test_figures_are_kept_for_programs_too(capsys, tables, monkeypatch):
-    monkeypatch.setattr(benchmarks.transformer, "table", lambda *_: Report("some text", {"rows": [1]}))
-    printed(capsys, "--write")
-    assert (tables / "transformer.md").read_text().startswith("some text\n")
-    kept = json.loads((tables / "transformer.json").read_text())
-    assert kept["rows"] == [1]
-    assert "torch" in kept["environment"]
-    assert not (tables / "fidelity.json").exists()
+def test_the_figures_of_every_table_are_kept_for_programs_too(capsys, tables):
+    for name in printed(capsys, "--write"):
+        kept = json.loads((tables / f"{name}.json").read_text())
+        assert kept == {"environment": benchmarks.environment(), "rows": [name]}

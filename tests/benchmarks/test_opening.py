@@ -9,6 +9,7 @@ from benchmarks.opening import Opened, measure, measure_apart, table, write_spar
 from flux.models.flux1 import Flux1
 from flux.ops.layers import on_meta
 from flux.weights.sources import open_checkpoint
+from tests.benchmarks.figures import rows_of
 from tests.fixtures.listings import flux1_bfl
 from tests.tiny import TINY
 
@@ -47,6 +48,13 @@ def test_a_process_of_its_own_tells_what_it_measured(tmp_path):
 
 def test_the_table_has_a_row_for_each_container(monkeypatch):
     monkeypatch.setattr(opening, "measure_apart", lambda path, repeats: Opened(0.1, 0.04, 0.02, 0.01, 11_000_000))
-    rows = table(tiny_shapes()).splitlines()[-2:]
+    report = table(tiny_shapes())
+    rows = str(report).splitlines()[-2:]
     assert [row.split(",")[0] for row in rows] == ["| safetensors", "| gguf"]
     assert all("| 100 ms | **40 ms** | ≤ 50 ms | **11.0 MB** | ≤ 50 MB | 20 ms | 10 ms |" in row for row in rows)
+    figures = rows_of(report)
+    assert [row["container"] for row in figures] == ["safetensors", "gguf"]
+    for row in figures:
+        assert (row["open_cold_seconds"], row["open_seconds"], row["open_bar"]) == (0.1, 0.04, 0.05)
+        assert (row["inspect_cold_seconds"], row["inspect_seconds"]) == (0.02, 0.01)
+        assert (row["memory_bytes"], row["memory_bar"]) == (11_000_000, 50e6)

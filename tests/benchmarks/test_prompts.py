@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.prompts import OTHER_CANVASES, draw_group, measure, requests_for_measuring
+from benchmarks import prompts
+from benchmarks.prompts import BARS, OTHER_CANVASES, draw_group, measure, requests_for_measuring
 from flux.mini.files import MINI_SCHNELL, open_mini
 from flux.mini.language import Request, Wanted, is_held_out, mirrored
+from tests.benchmarks.figures import rows_of
 
 
 def test_measured_prompts_are_new_to_training_either_way_round():
@@ -39,3 +41,18 @@ def test_other_canvases_are_drawn_and_judged_at_their_own_size(canvas):
     rates = measure("mini-schnell", 16, model=model, canvas=canvas).tally.rates()
     assert rates["all asked"] == 16
     assert rates["background"] >= 0.75  # against noise: a plain ground of the right colour is there
+
+
+def test_the_table_has_a_row_for_each_bar_and_one_for_each_other_canvas(monkeypatch):
+    monkeypatch.setattr(prompts, "OTHER_CANVASES", ((96, 96),))
+    report = prompts.table(6, ["mini-schnell"])
+    rows = rows_of(report)
+    assert {row["what"]: row["bar"] for row in rows} == BARS
+    assert all(0 <= row["rates"]["mini-schnell"] <= 1 for row in rows)
+    assert report.data["seconds"]["mini-schnell"] > 0
+    [canvas] = report.data["canvases"]
+    assert (canvas["width"], canvas["height"], canvas["prompts"]) == (96, 96, 1)
+    lines = report.text.splitlines()
+    assert lines[:2] == ["| | mini-schnell | bar (mini) |", "|---|---|---|"]
+    assert [line.split(" | ")[-1] for line in lines[2:6]] == ["≥ 98 % |", "≥ 95 % |", "≥ 97 % |", "≥ 90 % |"]
+    assert lines[-1].startswith("| 96x96, 1 prompts | ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import step_cache
+from tests.benchmarks.figures import rows_of
 
 
 def test_higher_thresholds_skip_more_and_cost_more():
@@ -17,7 +18,11 @@ def test_higher_thresholds_skip_more_and_cost_more():
 
 
 def test_the_table_has_a_row_for_each_and_marks_the_default():
-    text = step_cache.table((9,), (0.1, 0.5), count=1)
-    rows = [line for line in text.splitlines() if line.startswith("| 9 ")]
+    report = step_cache.table((9,), (0.1, 0.5), count=1)
+    rows = [line for line in str(report).splitlines() if line.startswith("| 9 ")]
     assert [row.split(" | ")[1] for row in rows] == ["no cache", "**0.1**", "0.5"]
     assert all(row.count("|") == 8 for row in rows)
+    exact, *cached = rows_of(report)
+    assert (exact["threshold"], exact["ratio"], exact["skipped_steps"], exact["psnr"]) == (None, 1, 0, None)
+    assert [row["threshold"] for row in cached] == [0.1, 0.5]
+    assert 0 < cached[1]["skipped_share"] < 1

@@ -7,6 +7,7 @@ from dataclasses import replace
 from benchmarks import planned, streaming
 from benchmarks.planned import Case
 from benchmarks.random_files import FORMATS
+from tests.benchmarks.figures import rows_of
 from tests.tiny import TINY
 
 DEEP = replace(TINY, name="deep", title="a deep one", double_blocks=2, single_blocks=4)
@@ -18,22 +19,27 @@ def test_fewer_weights_in_memory_give_the_same_output(monkeypatch):
     monkeypatch.setattr("benchmarks.transformer.COLUMNS", 2)
     monkeypatch.setattr(streaming, "ROWS", 2)
     monkeypatch.setattr(streaming, "COLUMNS", 2)
-    text = streaming.table(repeats=1)
-    assert "equal to the bit" in text
-    rows = [line.split(" | ") for line in text.splitlines() if " MiB" in line]
-    assert [int(row[1]) for row in rows] == sorted(int(row[1]) for row in rows)
-    assert (rows[0][1], rows[-1][1]) == ("0", "6")
-    sizes = [int(row[2].removesuffix(" MiB")) for row in rows]
+    report = streaming.table(repeats=1)
+    assert "equal to the bit" in report.text
+    assert report.data["equal"]
+    rows = rows_of(report)
+    streamed, sizes = ([row[name] for row in rows] for name in ("blocks_streamed", "bytes"))
+    assert streamed == sorted(streamed)
+    assert (streamed[0], streamed[-1]) == (0, 6)
     assert sizes == sorted(sizes, reverse=True)
+    assert [row["bar"] for row in rows] == [None, None, 1.25, None, None]
+    assert rows[0]["ratio"] == 1
+    assert [line.split(" | ")[1] for line in report.text.splitlines() if " MiB" in line] == list(map(str, streamed))
 
 
 def test_a_case_is_planned_and_measured_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(planned, "SMALL", DEEP)
-    text = planned.table(cases=planned.CASES[:1])
-    [row] = [line for line in text.splitlines() if line.startswith("| 256")]
-    foreseen, taken = (int(cell.removesuffix(" MiB")) for cell in row.split(" | ")[1:3])
-    assert foreseen > 0
-    assert taken > 0
+    report = planned.table(cases=planned.CASES[:1])
+    [row] = rows_of(report)
+    assert row["planned_bytes"] > 0
+    assert row["taken_bytes"] > 0
+    assert row["off"] == row["planned_bytes"] / row["taken_bytes"] - 1
+    assert f"| {planned.CASES[0].name} | " in report.text
 
 
 def test_the_cases_are_a_dozen_and_of_every_kind():
@@ -42,4 +48,4 @@ def test_the_cases_are_a_dozen_and_of_every_kind():
     for name in ("side", "batch", "stored", "policy", "references"):
         assert len({getattr(case, name) for case in cases}) > 1
     assert {case.stored for case in cases} <= {"bf16", *FORMATS}
-    assert Case(512).name == "512², batch 1, bf16, keep"
+    assert Case(512).name == "transformer: 512², batch 1, bf16, keep"

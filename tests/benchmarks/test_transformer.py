@@ -13,6 +13,7 @@ from benchmarks import engines, transformer
 from benchmarks.engines import SCHEDULE, from_tokens, to_tokens
 from benchmarks.transformer import Comparison, Measured, Runner, compare, difference, measure, runners, write_files
 from flux.sampling.packing import pack
+from tests.benchmarks.figures import rows_of
 
 CLOSE = 1e-5
 SMALL = replace(transformer.MIDDLE, hidden=256, heads=2, double_blocks=1, single_blocks=1)
@@ -87,7 +88,7 @@ def test_the_table_has_every_bar(monkeypatch):
     for name, value in {"MIDDLE": SMALL, "ROWS": 4, "COLUMNS": 4, "TEXT_TOKENS": 8}.items():
         monkeypatch.setattr(transformer, name, value)
     report = transformer.table(rounds=1, repeats=1)
-    rows = report.data["rows"]
+    rows = rows_of(report)
     assert [row["bar"] for row in rows] == [0.98, 0.5, 0.7]
     assert all(row["ratio"] == row["ours"] / row["theirs"] for row in rows)
     assert report.text.count("| diffusers |") == 3
