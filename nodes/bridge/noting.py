@@ -17,7 +17,7 @@ from ...flux.pipelines.planning import Job
 from ...flux.specs.fit import Given
 from .ledger import Loaded, Whole, noted
 from .planning import further_tokens, planned_encoder, planned_model, planned_vae, references_of, transformers_of
-from .residents import residents_of
+from .residents import files_held, residents_of
 from .step_cache import has_step_cache
 
 __all__ = ["job_of_latent", "noted_autoencoder", "noted_encoder", "noted_sampling"]
@@ -38,10 +38,12 @@ def noted_sampling(
     )  # fmt: skip
     together = transformers_of(patcher)
     parts, weights = [planned_model(own) for own in together], Several([Loaded(own) for own in together])
-    with noted("transformer", title_of(patcher.model.spec), patcher.load_device, weights, parts, job) as meter:
+    title, held = title_of(patcher.model.spec), files_held(own.model for own in together)
+    with noted("transformer", title, patcher.load_device, weights, parts, job) as meter, held as check:
 
         def after_step(*given: Any, **named: Any) -> Any:
             meter.tick()
+            check()
             return None if callback is None else callback(*given, **named)
 
         return executor(guider, sigmas, extra_args, after_step, noise, *rest)
@@ -80,5 +82,6 @@ def noted_encoder(stage: str, model: nn.Module, part: nn.Module, given: Given, d
     title = title_of(given.found.spec)
     own = next((one for one in residents_of(model) if one.title == title), None)
     weights = own or Whole(comfy.model_management.module_size(part))
-    with noted(stage, title, device, weights, [planned_encoder(model, given)], PROMPT) as meter:
+    planned = [planned_encoder(model, given)]
+    with noted(stage, title, device, weights, planned, PROMPT) as meter, files_held([model]):
         yield meter

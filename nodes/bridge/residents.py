@@ -8,7 +8,8 @@ the host needs room, blocks go one by one, and what went is streamed from its fi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -33,7 +34,7 @@ from .packed import PackedLinear, PackedPatcher, PatchAtUse
 from .progress import say
 from .weights import Weights
 
-__all__ = ["FoundryPatcher", "Residents", "give_way", "residents_of", "under_policy"]
+__all__ = ["FoundryPatcher", "Residents", "files_held", "give_way", "residents_of", "under_policy"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Residents:
         self.title = title_of(weights.spec)
         self.footprint: Footprint | None = None
         self.working = 0 if policy.budget is None else working_bytes(weights.spec, dtype, ANY)
-        self._bindings = weights.bound.bindings
+        self._bindings, self._checkpoint = weights.bound.bindings, weights.bound.checkpoint
         self.accounts = Accounts(
             weights.bound.module, self._bindings,
             item=max(dtype.itemsize, weights.stored.itemsize), keeps_packed=True,
@@ -141,6 +142,10 @@ class Residents:
                 self.flow.start([self._unit(place) for place in streamed], lane_for(device, say))
             self._streamed = streamed
 
+    def held(self) -> AbstractContextManager[Callable[[], None]]:
+        """Have the file stay as it is inside the block; see ``flux.weights.sources.Checkpoint``."""
+        return self._checkpoint.held()
+
     def close(self) -> None:
         """Stream nothing any more."""
         self._streamed = ()
@@ -161,6 +166,26 @@ def residents_of(model: nn.Module) -> tuple[Residents, ...]:
     """What of a host's model is under a policy."""
     own: tuple[Residents, ...] = getattr(model, OWN, ())
     return own
+
+
+@contextmanager
+def files_held(models: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Have the files of what of some host's models is under a policy stay as they are inside the block.
+
+    Yields:
+        What has to be called from time to time: others wait for 45 seconds at most.
+
+    Raises:
+        FileError: One was changed since it was opened, or is about to be; also from what is yielded.
+    """
+    with ExitStack() as held:
+        checks = [held.enter_context(own.held()) for model in models for own in residents_of(model)]
+
+        def check() -> None:
+            for one in checks:
+                one()
+
+        yield check
 
 
 class FoundryPatcher(PackedPatcher):

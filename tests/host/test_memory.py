@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import time
 from typing import Any
 
 import pytest
 from client import Host, Prompt
 from graph import core_sampler, node, our_sampler, start
+
+from flux.mini.files import FOLDER
 
 MODEL = "embedded: flux1-mini"
 POLICIES = ("keep", "balance", "save")
@@ -337,3 +341,23 @@ def test_a_device_that_is_lost_is_told_in_a_sentence_and_the_next_prompt_runs(ho
     assert outcome.status == "error"
     assert "the device cpu stopped working (CUDA error: unspecified launch failure)" in outcome.error
     assert host.succeed({**prompt, "a": our_sampler("load", steps=STEPS, seed=501)}).report()["equal"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system has leases")
+def test_a_file_that_is_cut_in_a_run_ends_it_with_a_sentence_and_the_host_goes_on(host: Host) -> None:
+    folder = host.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "to-be-cut.safetensors"
+    shutil.copy(FOLDER / "flux1-mini.safetensors", path)
+    prompt = {
+        **start(),
+        **load(model=path.name, memory="save"),
+        "cut": node("ProbeModel", model=["model", 0], what="cut"),
+        "a": our_sampler("cut", steps=STEPS, seed=601),
+        "out": node("ProbeCompare", a=["a", 0], b=["a", 0]),
+    }
+    outcome = host.run(prompt)
+    assert outcome.status == "error"
+    assert "to-be-cut.safetensors is about to be changed by another program" in outcome.error
+    assert host.succeed({**prompt, "a": our_sampler("load", steps=STEPS, seed=601)}).report()["equal"]
+    path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 import time
 
@@ -219,6 +220,19 @@ class ProbeTable(io.ComfyNode):
         return io.NodeOutput(ui={"report": [json.dumps({"moments": moments})]})
 
 
+def cut_file(model):
+    """Have another process cut the model's file in the middle of the first step."""
+    cutters, command = [], "import os, sys; os.truncate(sys.argv[1], 1000)"
+
+    def cutting(apply, args):
+        if not cutters:
+            cutters.append(subprocess.Popen([sys.executable, "-c", command, str(model.model.given.path)]))
+            time.sleep(0.5)
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(cutting)
+
+
 def lose_device(apply, args):
     """As a driver that failed."""
     raise RuntimeError("CUDA error: unspecified launch failure")
@@ -229,7 +243,17 @@ class ProbeModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        options = ["direct", "identity blocks", "slow blocks", "slow plain", "nan", "lost", "watch table", *PATCHES]
+        options = [
+            "direct",
+            "identity blocks",
+            "slow blocks",
+            "slow plain",
+            "nan",
+            "lost",
+            "cut",
+            "watch table",
+            *PATCHES,
+        ]
         what, seconds = io.Combo.Input("what", options=options), io.Float.Input("seconds", default=0.0, optional=True)
         inputs = [io.Model.Input("model"), what, seconds]
         return io.Schema("ProbeModel", category="probe", inputs=inputs, outputs=[io.Model.Output()])
@@ -256,6 +280,8 @@ class ProbeModel(io.ComfyNode):
 
             for index in range(len(model.model.diffusion_model.single_blocks)):
                 model.set_model_patch_replace(slowly, "dit", "single_block", index)
+        if what == "cut":
+            cut_file(model)
         if what == "lost":
             model.set_model_unet_function_wrapper(lose_device)
         if what == "nan":
