@@ -95,7 +95,7 @@ def _parts(
     if len(transformers) != 1:
         raise UserError(
             f"{len(transformers)} transformers were given; give one: the name of a known model, or its file (`models` "
-            "lists the names)"
+            "lists the names); a further one of the same run goes to --beside"
         )
     spec = transformers[0]
     clip, t5 = spec.text_encoders
