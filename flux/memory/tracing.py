@@ -2,6 +2,9 @@
 
 Every storage that comes and goes is counted as its device would hold it. Modules need no weights for it, and the code
 that is traced is the code that runs; so what is found stays true when a model changes.
+
+Convolutions work on copies in an order of their own: oneDNN's hold what goes in or what comes out, the larger of the
+two, a second time (measured with the autoencoder's shapes). What cuDNN's hold is not known beforehand: counted alike.
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's stu
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self._count(leaf.untyped_storage())
+        if func.overloadpacket is torch.ops.aten.convolution:
+            self.peak = max(self.peak, self.live + max(args[0].nbytes, out.nbytes))
         return out
 
     def _leave_out(self, tensors: Iterable[Tensor]) -> None:
@@ -80,7 +85,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's stu
 
 
 class _Attention(TorchFunctionMode):
-    """Attention that makes its result and nothing else, as fused kernels do; on the meta device torch spells it out."""
+    """Attention that makes its result and nothing else, as fused kernels do; on the meta device torch spells it out.
+
+    Where numbers of a position do not stand side by side, no fused kernel takes them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +106,18 @@ class _Attention(TorchFunctionMode):
             self.operations += (
                 2.0 * q.numel() * k.shape[-2] + 2.0 * (q.numel() // q.shape[-1]) * v.shape[-2] * v.shape[-1]
             )
-            return torch.empty_like(q)
+            if any(tensor.stride(-1) != 1 for tensor in (q, k, v)):
+                return _unfused(q, k, v)
+            return q.new_empty(*q.shape[:-1], v.shape[-1])
         return func(*args, **(kwargs or {}))
+
+
+def _unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What torch makes where it writes out the logits: them, and their softmax."""
+    logits = q.new_empty(*q.shape[:-1], k.shape[-2], dtype=torch.float32)
+    shares = torch.empty_like(logits)
+    del logits
+    return shares.new_empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
 
 
 @dataclass(frozen=True)

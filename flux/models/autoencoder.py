@@ -197,13 +197,20 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        h = self.norm(x)
-        q, k, v = (
-            conv(h).reshape(batch, 1, channels, height * width).transpose(2, 3) for conv in (self.q, self.k, self.v)
-        )  # (B, 1, hw, C)
-        h = attention(q, k, v).transpose(2, 3).reshape(batch, channels, height, width)
+        h = attention(*self.heads(self.norm(x))).transpose(2, 3).reshape(batch, channels, height, width)
         out: Tensor = x + self.proj_out(h)
         return out
+
+    def heads(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, 1, hw, C) of normed maps (B, C, h, w), each position's numbers side by side.
+
+        Fused attention asks for that; without it torch writes out all logits, which are hw times hw.
+        """
+        batch, channels = h.shape[:2]
+        q, k, v = (
+            conv(h).reshape(batch, 1, channels, -1).transpose(2, 3).contiguous() for conv in (self.q, self.k, self.v)
+        )
+        return q, k, v
 
 
 class Downsample(nn.Module):

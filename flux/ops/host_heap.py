@@ -14,13 +14,29 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["keeping_freed_memory"]
+__all__ = ["giving_back_freed_memory", "keeping_freed_memory"]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of settings in glibc's malloc.h
-KEPT = 1 << 30  # bytes; a block of less is from the heap, and so much may be free at the heap's end
-USUAL_MMAP, USUAL_TRIM = 32 << 20, 64 << 20  # bytes; where glibc's own thresholds come to stand by themselves
 SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+
+
+class Way(NamedTuple):
+    """What becomes of freed memory.
+
+    Attributes:
+        mapped_from: Bytes of a block from which it is the system's own, and goes back at once.
+        kept_at_end: Bytes that may be free at the heap's end.
+    """
+
+    mapped_from: int
+    kept_at_end: int
+
+
+KEEP = Way(16 << 20, 1 << 30)  # of larger ones hardly two are alike, and what they leave free fits nothing else
+USUAL = Way(32 << 20, 64 << 20)  # where glibc's own thresholds come to stand by themselves
+GIVE_BACK = Way(8 << 20, 8 << 20)  # half of a strip of an autoencoder
 
 
 @dataclass(frozen=True)
@@ -30,16 +46,12 @@ class Heap:
     set_option: Callable[[int, int], int]
     trim: Callable[[int], int]
 
-    def keep(self) -> None:
-        """Give nothing back from now on, but for very large blocks."""
-        self.set_option(MMAP_THRESHOLD, KEPT)
-        self.set_option(TRIM_THRESHOLD, KEPT)
-
-    def give_back(self) -> None:
-        """Do as usual again, and give back what is free."""
-        self.set_option(MMAP_THRESHOLD, USUAL_MMAP)
-        self.set_option(TRIM_THRESHOLD, USUAL_TRIM)
-        self.trim(0)
+    def change(self, way: Way) -> None:
+        """Do otherwise from now on; what is free is given back first, unless it is to be kept."""
+        self.set_option(MMAP_THRESHOLD, way.mapped_from)
+        self.set_option(TRIM_THRESHOLD, way.kept_at_end)
+        if way is not KEEP:
+            self.trim(0)
 
 
 @functools.cache
@@ -57,25 +69,28 @@ def _heap() -> Heap | None:
 
 
 class _Keeping:
-    """How many want freed memory kept."""
+    """How many want freed memory kept, and how many want it given back, who come first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._count = 0
+        self._wanted = {GIVE_BACK: 0, KEEP: 0}
+        self._way = USUAL
 
     @contextmanager
-    def one_more(self, heap: Heap) -> Iterator[None]:
-        with self._lock:
-            self._count += 1
-            if self._count == 1:
-                heap.keep()
+    def one_more(self, heap: Heap, way: Way) -> Iterator[None]:
+        self._change(heap, way, 1)
         try:
             yield
         finally:
-            with self._lock:
-                self._count -= 1
-                if self._count == 0:
-                    heap.give_back()
+            self._change(heap, way, -1)
+
+    def _change(self, heap: Heap, way: Way, by: int) -> None:
+        with self._lock:
+            self._wanted[way] += by
+            now = next((way for way, count in self._wanted.items() if count), USUAL)
+            if now != self._way:
+                self._way = now
+                heap.change(now)
 
 
 _keeping = _Keeping()
@@ -84,9 +99,25 @@ _keeping = _Keeping()
 @contextmanager
 def keeping_freed_memory() -> Iterator[None]:
     """Keep freed memory for further use inside the block; at the end of the last of such blocks it goes back."""
+    with _wanted(KEEP):
+        yield
+
+
+@contextmanager
+def giving_back_freed_memory() -> Iterator[None]:
+    """Give freed memory back inside the block, whoever keeps it around: for what makes ever larger tensors.
+
+    None of them fits where a smaller one was, so that kept memory doubled what FLUX.1's decoder takes.
+    """
+    with _wanted(GIVE_BACK):
+        yield
+
+
+@contextmanager
+def _wanted(way: Way) -> Iterator[None]:
     heap = _heap()
     if heap is None:
         yield
         return
-    with _keeping.one_more(heap):
+    with _keeping.one_more(heap, way):
         yield

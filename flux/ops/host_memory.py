@@ -22,7 +22,7 @@ Block = npt.NDArray[np.uint8]
 
 HUGE_PAGES = 1 << 22  # bytes from which NumPy asks Linux for huge pages; smaller memory is torch's own
 ALIGNMENT = 64  # bytes; where torch puts its own tensors
-MOST_WASTE = 2  # times as large as asked for that a block may be, for the taker may keep it
+MOST_WASTE = 8  # times as large as asked for that a block may be: as FLUX.1's largest matrix to one of its smaller ones
 LARGEST_SPARE = 1 << 29  # bytes that are kept at most; FLUX.1's largest matrix takes half of it in fp32
 
 

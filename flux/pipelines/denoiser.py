@@ -27,7 +27,7 @@ from .parts import Part
 from .prompts import EncodedPrompt
 from .step_cache import CachedSteps, Evaluation
 
-__all__ = ["Denoiser", "Engine", "Guidance", "check_text"]
+__all__ = ["Denoiser", "Engine", "Guidance", "check_text", "prepare_together"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,14 @@ class Engine:
     attachment: Attachment | None = None
     kernel: Kernel = attention
 
+    def strengths(self, guides: Sequence[Guide]) -> tuple[float, ...]:
+        """Every LoRA's: that of its guide, none where it has no guide here."""
+        return tuple(guide.strength if guide in guides else 0.0 for guide in self.followed)
+
     def weigh(self, guides: Sequence[Guide]) -> None:
-        """Give every LoRA the strength of its guide, none where it has no guide here."""
+        """Give every LoRA its strength."""
         if self.attachment is not None:
-            self.attachment.weigh([guide.strength if guide in guides else 0.0 for guide in self.followed])
+            self.attachment.weigh(list(self.strengths(guides)))
 
 
 class Denoiser:
@@ -109,14 +113,14 @@ class Denoiser:
         self.table: dict[float, Modulations] = {}
         self._tokens: dict[tuple[int, int], Tokens] = {}
 
-    @torch.inference_mode()
     def prepare(self, sigmas: Sequence[float]) -> None:
         """Compute the modulations of these times ahead; their weights come and go layer by layer."""
-        self.engine.weigh(self.guides)
-        moments = sorted(set(sigmas) - set(self.table), reverse=True)
-        vectors = [self._vector(sigma) for sigma in moments]
-        rows = tabulate(self.part.module, vectors, self._borrow)
-        self.table |= dict(zip(moments, rows, strict=True))
+        prepare_together([(self, sigmas)])
+
+    @property
+    def modulated_by(self) -> tuple[object, ...]:
+        """What its modulations are made with: a transformer, and the strengths of the control LoRAs on it."""
+        return self.part, self.engine.strengths(self.guides)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """The velocity (B, C, h, w) in fp32 of latents x at time ``sigma``."""
@@ -178,6 +182,20 @@ class Denoiser:
         """A modulation layer's weights for the length of a block, unless the caller wants the run to stop."""
         self.hooks.check()
         return self.part.residency.borrow(prefix)
+
+
+@torch.inference_mode()
+def prepare_together(flows: Sequence[tuple[Denoiser, Sequence[float]]]) -> None:
+    """Compute modulations of some times ahead, for several denoisers with the same ``modulated_by`` at once.
+
+    Their weights come and go layer by layer, once for all.
+    """
+    first, _ = flows[0]
+    first.engine.weigh(first.guides)
+    wanted = [(flow, sigma) for flow, sigmas in flows for sigma in sorted(set(sigmas) - set(flow.table), reverse=True)]
+    rows = tabulate(first.part.module, [flow._vector(sigma) for flow, sigma in wanted], first._borrow)
+    for (flow, sigma), row in zip(wanted, rows, strict=True):
+        flow.table[sigma] = row
 
 
 def check_text(spec: Flux1Spec, prompt: EncodedPrompt) -> None:

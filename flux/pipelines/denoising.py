@@ -21,11 +21,12 @@ from ..memory.metering import Several
 from ..memory.spread import shares
 from ..models.flux1 import Flux1
 from ..ops.attention_backends import AUTO, Attention, Case, choose_attention, until_finite
+from ..ops.host_heap import keeping_freed_memory
 from ..sampling.guidance import masked, true_cfg
 from ..sampling.schedules import fraction_done
 from ..sampling.solvers import OnStep, evaluation_sigmas, solver
 from ..specs.flux1 import Flux1Spec
-from .denoiser import Denoiser, Engine, Guidance
+from .denoiser import Denoiser, Engine, Guidance, prepare_together
 from .hooks import Hooks
 from .parts import Part, title_of
 from .prompts import EncodedPrompt
@@ -144,12 +145,17 @@ def prepared(
             flows.append((prediction, passes))
         if tables:
             moments = evaluation_sigmas(solver_name, list(sigmas))
+            alike: dict[tuple[object, ...], list[tuple[Denoiser, list[float]]]] = {}
             for prediction, passes in flows:
                 own = [sigma for sigma in moments if prediction.covers(fraction_done(sigma, sigmas))]
                 for flow in passes:
-                    going_on(partial(flow.prepare, own))
+                    alike.setdefault(flow.modulated_by, []).append((flow, own))
+            for group in alike.values():
+                going_on(partial(prepare_together, group))
 
         kernels = dict.fromkeys(engine.kernel for engine in engines.values())
+        if part.device.type == "cpu":
+            held.enter_context(keeping_freed_memory())  # not while weights come: what they leave free fits no step
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             result = going_on(lambda: until_finite(kernels, lambda: predicted(x, sigma)))

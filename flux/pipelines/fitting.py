@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+
+import torch
 
 from ..adapters.channels import CELL
 from ..memory.available import available_bytes
 from ..memory.policy import SAVE, Policy
 from ..sampling.packing import PATCH
-from .parts import Part
 from .plan_picture import spelled
-from .planning import plan_run, planned_of_parts
+from .planning import Planned, plan_run
 from .stage_work import Job
 
 __all__ = ["what_would_fit"]
@@ -21,16 +21,15 @@ SHARES = tuple(tenths / 10 for tenths in range(9, 1, -1))  # of a picture's side
 GRID = PATCH * CELL  # pixels of a token's side
 
 
-def what_would_fit(parts: Sequence[Part[Any, Any]], job: Job, further: int = 0) -> str:
+def what_would_fit(planned: Sequence[Planned], job: Job, device: torch.device) -> str:
     """A sentence on the largest picture of a job's aspect that has room in what is free now.
 
     Args:
-        parts: Of the run; see ``planning.plan_run``.
+        planned: The run's parts; see ``planning.plan_run``.
         job: What was to be drawn.
-        further: See ``planning.planned_of_parts``.
+        device: Where.
     """
-    device = parts[0].device
-    planned, free = planned_of_parts(parts, further), available_bytes(device)
+    free = available_bytes(device)
     most = 0
     for share in SHARES:
         width, height = (max(GRID, int(share * side) // GRID * GRID) for side in (job.width, job.height))

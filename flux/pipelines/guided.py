@@ -263,6 +263,27 @@ def _check_shapes(given: AnyInput) -> None:
             raise UserError(f"there is no {name} {value!r}; choose one of: {', '.join(known)}")
 
 
+def stand_ins(inputs: Sequence[AnyInput]) -> tuple[list[Guide], dict[str, Part[Flux1Spec, Flux1]]]:
+    """Inputs as guides that have nothing encoded yet, by which it is known which predictions a run will make.
+
+    Returns:
+        The guides, and the further models that they name.
+    """
+    models: dict[str, Part[Flux1Spec, Flux1]] = {}
+    guides: list[Guide] = []
+    for given in inputs:
+        nothing = torch.empty(1, 0, 1, 1)
+        if isinstance(given, Guide):
+            guides.append(given)
+        elif isinstance(given, ReferenceInput):
+            guides.append(Reference(latents=nothing, **_common(given)))
+        else:
+            model, lora = getattr(given, "model", None), getattr(given, "lora", None)
+            name = None if model is None else _named(models, model)
+            guides.append(Channels(latents=nothing, lora=lora, model=name, **_common(given)))
+    return guides, models
+
+
 def guidance_of(
     inputs: Sequence[AnyInput],
     autoencoder: Encoder,

@@ -28,7 +28,7 @@ from ..models.text.clip import ClipText
 from ..models.text.t5 import T5Encoder
 from ..models.vision.siglip import SiglipVision
 from ..ops.dtypes import SMALL_MODEL, compute_dtype, fast_dtype
-from ..ops.host_heap import keeping_freed_memory
+from ..ops.host_heap import giving_back_freed_memory
 from ..ops.layers import on_meta
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.fit import Given, check_fit, check_kind, check_redux, faults_between, redux_faults
@@ -134,8 +134,9 @@ class Part(Generic[Spec, Module]):
             yield
 
     def _memory(self) -> AbstractContextManager[None]:
-        """On a CPU, have what a layer lets go stay for the next one."""
-        return keeping_freed_memory() if self.device.type == "cpu" else nullcontext()
+        """On a CPU, have an autoencoder give back what a layer lets go: none of its layers asks for as much again."""
+        gives_back = self.device.type == "cpu" and not self.residency.accounts.blocks
+        return giving_back_freed_memory() if gives_back else nullcontext()
 
     def going_on(self, tell: Callable[[str], None] | None) -> Fallback:
         """What repeats a pass of the resident module that runs out of memory, with fewer of its weights in it."""

@@ -35,10 +35,10 @@ __all__ = [
     "Job",
     "Planned",
     "grant",
+    "grant_to",
     "plan_run",
     "planned_of_file",
     "planned_of_part",
-    "planned_of_parts",
     "planned_of_spec",
     "working_bytes",
 ]
@@ -47,6 +47,7 @@ STAGES = ("clip", "t5", "vision", "encode", "transformer", "decode")
 ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages of parts that run in one
 PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
 PACKED_PER_THREAD = 17 << 20  # bytes; ``benchmarks.planned`` found 33 to 39 MiB with two threads, in every case alike
+HEAP_SHARE, HEAP_MOST = 0.5, 64 << 20  # of activations, and bytes, that a CPU's heap has free between them; likewise
 LARGE_STORED = 50 << 20  # bytes of weights, from which on matrices are large enough for that
 IN_STRIPS = {"decode": 2.0, "encode": 1.5}  # times the operations: what stands before norms is computed again
 PER_PIXEL = 4096  # bytes, more than an autoencoder or a step of a transformer takes: FLUX.1's takes 3072 in fp32
@@ -64,6 +65,8 @@ class Planned:
         policy: Its own; the run's when None.
         apart: The prefixes of what does not stay; by its kind when None.
         further: Bytes that stay with its weights: of control LoRAs.
+        predictions: How many a transformer makes in a step for each prompt, on the average of the schedule.
+        flows: How many different ones there are.
     """
 
     spec: Any
@@ -72,6 +75,13 @@ class Planned:
     policy: Policy | None = None
     apart: tuple[str, ...] | None = None
     further: int = 0
+    predictions: float = 1.0
+    flows: int = 1
+
+    def stays(self, job: Job) -> int:
+        """Bytes that stay with its weights: tables of modulations, a step cache, and what is further."""
+        tables = round(self.predictions * table_bytes(self.spec, self.dtype, job))
+        return tables + self.flows * cache_bytes(self.spec, self.dtype, job) + self.further
 
     @property
     def title(self) -> str:
@@ -110,19 +120,9 @@ def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, 
     return Planned(bound.recognised.spec, accounts, dtype)
 
 
-def planned_of_part(part: Part[Any, Any], further: int = 0) -> Planned:
-    """A part that is opened, and bytes that stay with its weights."""
-    return Planned(part.spec, part.residency.accounts, part.dtype, further=further)
-
-
-def planned_of_parts(parts: Sequence[Part[Any, Any]], further: int = 0) -> list[Planned]:
-    """Parts that are opened.
-
-    Args:
-        parts: Of a run.
-        further: Bytes of what stays with the first one's weights.
-    """
-    return [planned_of_part(part, 0 if index else further) for index, part in enumerate(parts)]
+def planned_of_part(part: Part[Any, Any]) -> Planned:
+    """A part that is opened."""
+    return Planned(part.spec, part.residency.accounts, part.dtype)
 
 
 @dataclass(frozen=True)
@@ -140,21 +140,24 @@ class Grant:
     decodes_alone: bool = False
 
 
-def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy, further: int = 0) -> Grant:
+def grant(parts: Sequence[Part[Any, Any]], job: Job, policy: Policy) -> Grant:
+    """What a policy grants the stages of a run with parts that are opened; see ``grant_to``."""
+    return grant_to([planned_of_part(part) for part in parts], job, policy, parts[0].device)
+
+
+def grant_to(planned: Sequence[Planned], job: Job, policy: Policy, device: torch.device) -> Grant:
     """What a policy grants the stages of a run.
 
     Args:
-        parts: On one device; see ``plan_run``.
+        planned: See ``plan_run``.
         job: What is to be drawn.
         policy: How much memory may be taken.
-        further: See ``planned_of_parts``.
+        device: Where.
 
     Raises:
         BudgetError: A budget is below what a stage can do with.
     """
-    device = parts[0].device
     available = available_bytes(device)
-    planned = planned_of_parts(parts, further)
     if policy.name == KEEP or (policy.name == AUTO and _is_plenty(planned, job, available)):
         return Grant()
     plan = plan_run(planned, job, policy, device=str(device), available=available)
@@ -170,9 +173,9 @@ def _together(parts: Sequence[Planned], plan: RunPlan, job: Job) -> int:
     stages = {stage.name: stage for stage in plan.stages}
     if not {"transformer", "decode"} <= set(stages):
         return 0
-    tables = table_bytes(parts[0].spec, parts[0].dtype, job) + cache_bytes(parts[0].spec, parts[0].dtype, job)
-    own = stages["transformer"]
-    return own.footprint.device_bytes + own.beside + tables + stages["decode"].peak_bytes
+    own, transformer = stages["transformer"], next(part for part in parts if isinstance(part.spec, Flux1Spec))
+    beside = own.beside + transformer.stays(job) - transformer.further
+    return own.footprint.device_bytes + beside + stages["decode"].peak_bytes
 
 
 def _is_plenty(parts: Sequence[Planned], job: Job, available: int) -> bool:
@@ -268,7 +271,7 @@ class _Use:
         beside: Bytes that stay with its weights: tables of modulations, a step cache, control LoRAs.
         unpacked: Bytes of a weight that is unpacked at use, where all stay.
         streamed: The same where some are streamed.
-        packing: Bytes that libraries for matrix products keep.
+        packing: Bytes that libraries keep.
     """
 
     part: Planned
@@ -294,13 +297,14 @@ def _use(part: Planned, name: str, job: Job, *, on_cpu: bool) -> _Use:
     apart, accounts = comes_once(part.spec) if part.apart is None else part.apart, part.accounts
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
+    made = work(part.spec, name, part.dtype, job)
     inside = (name for block in accounts.blocks for name in accounts.names_in(block, apart))
     return _Use(
-        part, apart, work(part.spec, name, part.dtype, job),
-        beside=table_bytes(part.spec, part.dtype, job) + cache_bytes(part.spec, part.dtype, job) + part.further,
+        part, apart, made,
+        beside=part.stays(job),
         unpacked=max(once, accounts.unpacked_bytes(accounts.packable)),
         streamed=max(once, accounts.unpacked_bytes(accounts.packable), accounts.unpacked_bytes(inside)),
-        packing=_packing_bytes() if on_cpu and accounts.stored_bytes() > LARGE_STORED else 0,
+        packing=_library_bytes(part, made) if on_cpu else 0,
     )  # fmt: skip
 
 
@@ -353,8 +357,8 @@ def _planned_autoencoder(use: _Use, name: str, *, job: Job, policy: Policy, avai
     if not needs_strips(policy, needs, available):
         return _stage(use, name, job, use.weights(limit := weights_limit(policy, needs, available)), limit)
     striped = work(part.spec, name, part.dtype, job, in_strips=True)
-    # Of small pictures strips take more than one piece, which is the least then that a budget has to have room for.
-    in_strips = policy.budget is None or striped.peak < use.made.peak
+    # Of small pictures strips take more than one piece.
+    in_strips = striped.peak < use.made.peak
     if in_strips:
         use = replace(use, made=Traced(striped.peak, IN_STRIPS[name] * use.made.operations))
     limit = weights_limit(policy, use.needs, available)
@@ -372,17 +376,22 @@ def _stage(use: _Use, name: str, job: Job, weights: Footprint, limit: int | None
         workspace=(use.streamed if weights.blocks.streamed else use.unpacked) + use.packing,
         beside=use.part.further,
         once=accounts.stored_bytes() - accounts.stored_bytes(use.apart),
-        passes=_passes(name, job),
+        passes=max(1, round(use.part.predictions * _passes(name, job))),
         operations=use.made.operations,
         limit=limit,
     )
 
 
-def _packing_bytes() -> int:
-    """What the libraries for matrix products keep for themselves on a CPU, for pieces of matrices."""
-    return PACKED_PER_THREAD * torch.get_num_threads()
+def _library_bytes(part: Planned, made: Traced) -> int:
+    """What libraries keep for themselves on a CPU: those for products pieces of matrices, the heap what is too small.
+
+    An autoencoder gives back what it frees; see ``ops.host_heap``.
+    """
+    packing = PACKED_PER_THREAD * torch.get_num_threads() if part.accounts.stored_bytes() > LARGE_STORED else 0
+    return packing if isinstance(part.spec, AutoencoderSpec) else packing + min(int(HEAP_SHARE * made.peak), HEAP_MOST)
 
 
 def _passes(name: str, job: Job) -> int:
-    passes = {"transformer": job.steps, "vision": job.views, "decode": job.batch}
+    encoded = max(1, int(job.starts) + len(job.references))
+    passes = {"transformer": job.evaluations or job.steps, "vision": job.views, "decode": job.batch, "encode": encoded}
     return passes.get(name, 1) * (job.prompts if name in PROMPTED else 1)

@@ -6,6 +6,7 @@ Each module runs there as it does in a run (``memory.tracing``).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +44,11 @@ class Job:
         steps: Of the schedule.
         prompts: That are encoded and run: two with true guidance.
         references: Width and height in pixels of pictures that the model may look at.
-        starts: Whether a picture is encoded: to start from, to fill, to follow.
+        starts: Whether a picture of this size is encoded: to start from, to fill, to follow.
         views: Views that a vision tower sees.
         styles: Further text tokens, of Redux.
         cached: Whether the transformer runs with a step cache.
+        evaluations: Of the model in a schedule, where a solver makes more than one a step; 0 for as many as steps.
     """
 
     width: int
@@ -59,6 +61,7 @@ class Job:
     views: int = 0
     styles: int = 0
     cached: bool = False
+    evaluations: int = 0
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -76,7 +79,8 @@ def table_bytes(spec: Any, dtype: torch.dtype, job: Job) -> int:
     if not isinstance(spec, Flux1Spec):
         return 0
     layers = module_of(spec, torch.float32).modulation_layers().values()
-    return job.steps * job.prompts * dtype.itemsize * sum(int(layer.out_features) for layer in layers)
+    rows = (job.evaluations or job.steps) * job.prompts
+    return rows * dtype.itemsize * sum(int(layer.out_features) for layer in layers)
 
 
 def cache_bytes(spec: Any, dtype: torch.dtype, job: Job) -> int:
@@ -141,7 +145,9 @@ def _tokens(sizes: Sequence[tuple[int, int]]) -> int:
 def _run_autoencoder(module: Any, spec: AutoencoderSpec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Any]:
     rows, columns = job.cells
     if stage == "encode":
-        pixels = torch.empty(1, 3, job.height, job.width)
+        sizes = [*job.references, *([(job.width, job.height)] if job.starts or not job.references else [])]
+        width, height = max(sizes, key=math.prod)
+        pixels = torch.empty(1, 3, height, width)
         return lambda: module.encode(pixels.to(dtype)).float()
     latents = torch.empty(1, spec.latent_channels, rows, columns)
     return lambda: module.decode(latents.to(dtype)).float()

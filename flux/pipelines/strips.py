@@ -250,8 +250,7 @@ def _middle(source: Map, middle: Middle) -> Whole:
 def _attended(x: Tensor, block: AttentionBlock) -> Tensor:
     """``AttentionBlock`` with some queries at a time, for kernels that write their logits out."""
     batch, channels, height, width = x.shape
-    h = block.norm(x)
-    q, k, v = (conv(h).reshape(batch, 1, channels, -1).transpose(2, 3) for conv in (block.q, block.k, block.v))
+    q, k, v = block.heads(block.norm(x))
     mixed = torch.cat([attention(part, k, v) for part in q.split_with_sizes(_shares(q.shape[2]), dim=2)], dim=2)
     out: Tensor = x + block.proj_out(mixed.transpose(2, 3).reshape(batch, channels, height, width))
     return out

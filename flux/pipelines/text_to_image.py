@@ -6,11 +6,11 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adapters.blending import Prediction, predictions_of
 from ..adapters.channels import CELL
 from ..adapters.guides import Channels, Reference, StyleTokens
 from ..errors import ExhaustedError, NumericError
@@ -20,20 +20,23 @@ from ..models.autoencoder import Autoencoder
 from ..models.flux1 import Flux1
 from ..ops.attention_backends import PLAIN
 from ..sampling.noise import draw_noise
+from ..sampling.solvers import evaluation_sigmas
 from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from .denoising import Guidance, Hooks, Velocity, metered, prepared, walk
 from .fitting import what_would_fit
 from .guided import (
     ControlInput,
+    FillInput,
     ReferenceInput,
     described,
     encode_picture,
     guidance_of,
     resized,
+    stand_ins,
 )
 from .parts import MeteredPart, Part, check_beside
-from .planning import Grant, Job, grant, plan_run, planned_of_parts
+from .planning import Grant, Job, Planned, grant_to, plan_run, planned_of_part
 from .prompts import EncodedPrompt, TextEncoders
 from .requests import GRID, NOISES, Request, Settled, check_side, plan_sigmas, round_size, settle
 from .step_cache import CachedSteps, Skipped
@@ -97,12 +100,12 @@ def generate_each(model: FluxModel, request: Request, hooks: Hooks | None = None
     """
     hooks = hooks or Hooks()
     plan = settle(model.transformer, request, hooks.warn or _nothing)
-    parts, job, loras = _parts(model, request), _job(request, plan), _lora_bytes(model, request)
-    granted = grant(parts, job, request.memory, loras)
+    planned, job, device = _planned(model, request), _job(request, plan), model.transformer.device
+    granted = grant_to(planned, job, request.memory, device)
     try:
         yield from _drawn(model, request, plan, granted, hooks)
     except ExhaustedError as error:
-        raise ExhaustedError(f"{error}; {what_would_fit(parts, job, loras)}") from error
+        raise ExhaustedError(f"{error}; {what_would_fit(planned, job, device)}") from error
 
 
 def _drawn(model: FluxModel, request: Request, plan: Settled, granted: Grant, hooks: Hooks) -> Iterator[Picture]:
@@ -226,7 +229,8 @@ def _job(request: Request, plan: Settled) -> Job:
         prompts=1 if plan.cfg == 1.0 else 2,
         references=tuple((width, height) for height, width in sizes),
         styles=sum(given.tokens.shape[1] for given in request.inputs if isinstance(given, StyleTokens)),
-        starts=request.image is not None or bool(request.inputs),
+        starts=request.image is not None or any(isinstance(g, FillInput | ControlInput) for g in request.inputs),
+        evaluations=len(evaluation_sigmas(request.solver, plan.sigmas)) if len(plan.sigmas) > 1 else 0,
         cached=request.step_cache is not None,
     )
 
@@ -244,24 +248,31 @@ def plan_of(model: FluxModel, request: Request, before: Sequence[StagePlan] = ()
     """
     device = model.transformer.device
     plan = plan_run(
-        planned_of_parts(_parts(model, request), _lora_bytes(model, request)),
-        _job(request, settle(model.transformer, request, _nothing)), request.memory,
+        _planned(model, request), _job(request, settle(model.transformer, request, _nothing)), request.memory,
         device=str(device), available=available_bytes(device),
     )  # fmt: skip
     return replace(plan, stages=(*before, *plan.stages))
 
 
-def _parts(model: FluxModel, request: Request) -> list[Part[Any, Any]]:
-    """Of a run, its own transformer first and those that controls have of their own behind it."""
-    further = (given.model for given in request.inputs if isinstance(given, ControlInput) and given.model is not None)
-    transformers = dict.fromkeys((model.transformer, *further))
-    return [*transformers, model.text.clip, model.text.t5, model.autoencoder]
-
-
-def _lora_bytes(model: FluxModel, request: Request) -> int:
-    """What control LoRAs take on the transformer, each as often as a picture follows it."""
-    takers = (given for given in request.inputs if isinstance(given, ControlInput | Channels) and given.strength > 0)
-    return model.transformer.dtype.itemsize * sum(own.lora.parameters for own in takers if own.lora is not None)
+def _planned(model: FluxModel, request: Request) -> list[Planned]:
+    """What a run will have in memory: the transformers that make its predictions, the run's own first, and the rest."""
+    guides, models = stand_ins(request.inputs)
+    found: dict[Part[Flux1Spec, Flux1], list[Prediction]] = {model.transformer: []}
+    for prediction in predictions_of(guides):
+        part = model.transformer if prediction.model is None else models[prediction.model]
+        found.setdefault(part, []).append(prediction)
+    loras = [guide.lora for guide in guides if isinstance(guide, Channels) and guide.lora and guide.strength > 0]
+    transformers = [
+        replace(
+            planned_of_part(part),
+            predictions=sum(one.end - one.start for one in own),
+            flows=len(own),
+            further=part.dtype.itemsize * sum(lora.parameters for lora in loras) if part is model.transformer else 0,
+        )
+        for part, own in found.items()
+        if own
+    ]
+    return [*transformers, *(planned_of_part(part) for part in (model.text.clip, model.text.t5, model.autoencoder))]
 
 
 def _encode_prompts(

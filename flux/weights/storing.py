@@ -40,6 +40,7 @@ PACKED_NAMES: dict[str, re.Pattern[str]] = {  # of a part's tensors in our names
     "t5": re.compile(r"shared\.weight|encoder\.block\.\d+\.layer\.\d+\.(SelfAttention|DenseReluDense)\.\w+\.weight"),
     "clip": re.compile(r"text_model\.encoder\.layers\.\d+\..*(proj|fc1|fc2)\.weight"),
     "autoencoder": re.compile(r"(?!)"),  # convolutions: no format packs them
+    "vision": re.compile(r"(?!)"),  # towers are small, and everybody stores them plain
 }
 ARCHITECTURES = {("transformer", "flux1"): "flux", ("transformer", "flux2"): "flux2", ("t5", ""): "t5encoder"}
 FILE_TYPES = {  # llama.cpp's numbers of whole files

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flux.memory.tracing import trace
+from flux.models.autoencoder import AttentionBlock
 
 MIB = 1 << 20
 
@@ -89,3 +90,19 @@ def test_only_what_is_run_counts_and_again_the_same():
         return lambda: x * 2
 
     assert [peak(prepare), peak(prepare)] == [4 * MIB, 4 * MIB]
+
+
+def test_attention_that_no_fused_kernel_takes_is_counted_with_its_logits():
+    apart = torch.empty(1, 2, 8, 16, device="meta").transpose(2, 3)  # a position's 8 numbers are 16 apart
+    assert peak(lambda: lambda: F.scaled_dot_product_attention(apart, apart, apart)) >= 2 * 16 * 16 * 4
+
+
+def test_convolutions_work_on_a_copy():
+    conv = nn.Conv2d(3, 8, 3, padding=1, device="meta")
+    pixels = torch.empty(1, 3, 32, 32, device="meta")
+    assert trace(conv, lambda: lambda: conv(pixels)).peak == 2 * 8 * 32 * 32 * 4
+
+
+def test_the_autoencoder_asks_for_attention_that_is_fused():
+    block = AttentionBlock(32, 8)
+    assert all(own.stride(-1) == 1 for own in block.heads(torch.randn(1, 32, 6, 5)))

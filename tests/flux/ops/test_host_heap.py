@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from flux.ops import host_heap
-from flux.ops.host_heap import Heap, keeping_freed_memory
+from flux.ops.host_heap import Heap, giving_back_freed_memory, keeping_freed_memory
 
 MIB = 1 << 20
 SCRIPT = """
@@ -66,7 +66,8 @@ class Recorded:
         monkeypatch.setattr(host_heap, "_heap", lambda: heap)
 
     def _set(self, name: int, value: int) -> int:
-        self.calls.append({host_heap.KEPT: "keep"}.get(value, "usual"))
+        names = {own: name for name, way in WAYS.items() for own in way}
+        self.calls.append(names[value])
         return 1
 
 
@@ -75,6 +76,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     return Recorded(monkeypatch)
 
 
+WAYS = {"keep": host_heap.KEEP, "usual": host_heap.USUAL, "back": host_heap.GIVE_BACK}
 KEEP, GIVE_BACK = ["keep", "keep"], ["usual", "usual", "trim"]
 
 
@@ -95,6 +97,14 @@ def test_the_last_of_several_gives_back(recorded):
     go_on.set()
     thread.join()
     assert recorded.calls == KEEP + GIVE_BACK
+
+
+def test_who_wants_it_given_back_comes_before_those_who_want_it_kept(recorded):
+    with keeping_freed_memory():
+        with giving_back_freed_memory(), keeping_freed_memory():
+            assert recorded.calls == [*KEEP, "back", "back", "trim"]
+        assert recorded.calls == [*KEEP, "back", "back", "trim", *KEEP]
+    assert recorded.calls[-3:] == GIVE_BACK
 
 
 def test_a_failure_gives_back_too(recorded):

@@ -23,6 +23,7 @@ from flux.pipelines import text_to_image
 from flux.pipelines.denoising import Denoiser, Guidance, Hooks, denoise
 from flux.pipelines.fitting import what_would_fit
 from flux.pipelines.parts import open_transformer, open_vision
+from flux.pipelines.planning import planned_of_part
 from flux.pipelines.stage_work import Job
 from flux.pipelines.text_to_image import Request, generate
 from flux.specs.vision import SIGLIP_MINI
@@ -97,11 +98,11 @@ def test_the_last_words_say_what_would_have_fitted(failing, monkeypatch, free, w
 
 def test_less_free_memory_fits_a_smaller_picture():
     model, sizes = files.open_mini(), []
-    parts = (model.transformer, model.text.clip, model.text.t5, model.autoencoder)
+    planned = [planned_of_part(part) for part in (model.transformer, model.text.t5, model.autoencoder)]
     for free in (1 << 30, 1 << 27):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr("flux.pipelines.fitting.available_bytes", lambda device, free=free: free)
-            sizes.append(int(what_would_fit(parts, Job(width=2048, height=2048)).split("x")[0]))
+            sizes.append(int(what_would_fit(planned, Job(width=2048, height=2048), CPU).split("x")[0]))
     assert sizes[0] > sizes[1] > 0
 
 

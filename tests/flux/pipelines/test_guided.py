@@ -531,6 +531,53 @@ def test_two_models_and_a_lora_keep_to_one_budget_and_draw_the_same(models, monk
     assert [stage.beside >= loras for stage in plan.stages if "transformer" in stage.name] == [True, True]
 
 
+def stage_of(models, task, *inputs, name="transformer", **settings):
+    return plan_of(models[task], asked(*inputs, **settings)).stage(name)
+
+
+def test_only_models_that_predict_something_are_planned(models):
+    other = models["canny"].transformer
+    names = [
+        [
+            stage.title
+            for stage in plan_of(models["draw"], asked(ControlInput(picture=picture(), model=other, **how))).stages
+            if "transformer" in stage.name
+        ]
+        for how in ({}, {"strength": 0.5}, {"strength": 0.0}, {"end": 0.5})
+    ]
+    own, control = models["draw"].transformer.spec.title, other.spec.title
+    assert names == [[control], [own, control], [own], [own, control]]
+
+
+def test_tables_and_passes_are_planned_for_every_prediction(models):
+    once = stage_of(models, "draw", ControlInput(picture=picture(), lora=LORAS[0]))
+    parted = stage_of(models, "draw", ControlInput(picture=picture(), lora=LORAS[0], region=hole()))
+    assert parted.passes == 2 * once.passes
+    table = sum(layer.out_features for layer in models["draw"].transformer.module.modulation_layers().values())
+    assert parted.activations - once.activations == 2 * 4 * table  # of two steps, in fp32
+    assert stage_of(models, "draw", steps=20, solver="heun").passes == 39
+
+
+def test_modulations_are_brought_once_for_all_that_need_the_same(models, monkeypatch):
+    part, brought = models["draw"].transformer, []
+    real = type(part.residency).borrow
+    monkeypatch.setattr(type(part.residency), "borrow", lambda own, prefix: brought.append(prefix) or real(own, prefix))
+    layers = len(part.module.modulation_layers())
+    drawn(models["draw"], negative="blue", cfg=3.0)
+    assert len(brought) == layers
+    drawn(models["draw"], ControlInput(picture=picture(), lora=LORAS[0], region=hole()), negative="blue", cfg=3.0)
+    assert len(brought) == 3 * layers  # with the LoRA, and without
+
+
+def test_pictures_are_encoded_at_their_own_size_in_a_plan_too(models):
+    small = stage_of(models, "edit", ReferenceInput(picture=picture(0, 16, 16)), width=16, height=16, name="encode")
+    large = stage_of(models, "edit", ReferenceInput(picture=picture(0, 64, 96)), width=16, height=16, name="encode")
+    assert large.activations > 10 * small.activations
+    both = [ReferenceInput(picture=picture(0, 16, 16)), ReferenceInput(picture=picture(0, 64, 96))]
+    two = stage_of(models, "edit", *both, width=16, height=16, name="encode")
+    assert (two.activations, two.passes) == (large.activations, 2)
+
+
 def test_a_budget_without_room_for_the_second_model_is_refused_before_anything_is_read(models):
     least = plan_of(models["fill"], asked(to_fill(), memory=read_policy("save"))).peak_bytes
     budget = Policy("budget", least + 1000)

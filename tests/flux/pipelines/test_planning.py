@@ -178,6 +178,14 @@ def test_pictures_are_decoded_in_strips_where_one_piece_is_too_much(parts):
     assert plan(parts, "3").stage("transformer").peak_bytes <= 3 * GIB
 
 
+@pytest.mark.parametrize("side", [64, 128, 256])
+def test_small_pictures_are_decoded_in_one_piece_where_strips_take_more(parts, side):
+    small = replace(SQUARE, width=side, height=side, starts=True)
+    for stage in ("encode", "decode"):
+        kept, saved = (plan(parts, policy, small).stage(stage).peak_bytes for policy in ("keep", "save"))
+        assert saved <= kept
+
+
 def test_a_picture_that_is_too_large_for_one_piece_is_granted_strips_though_weights_are_small(monkeypatch):
     model = open_mini()
     monkeypatch.setattr("flux.pipelines.planning.available_bytes", lambda device: 2 << 30)

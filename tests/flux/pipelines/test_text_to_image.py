@@ -85,9 +85,9 @@ def test_weights_are_read_once_for_all_pictures_and_prompts(model, monkeypatch):
     )
     generate(model, asked(count=3, negative="blue"))
     assert read
-    tabulated = set(modulation_names(model.transformer))  # once for the prompt, once for the negative one
     counts = {name: read.count(name) for name in read if not name.startswith(("encoder.", "decoder."))}
-    assert counts == {name: 1 + (name in tabulated) for name in counts}
+    assert set(counts.values()) == {1}
+    assert set(modulation_names(model.transformer)) <= counts.keys()
 
 
 def test_a_run_that_is_left_half_way_lets_its_weights_go(model):
