@@ -12,10 +12,11 @@ from flux.errors import FileError, MismatchError
 from flux.models.redux import Redux
 from flux.models.vision.siglip import SiglipVision
 from flux.ops import dtypes
-from flux.pipelines import parts
+from flux.pipelines import denoising, parts
 from flux.pipelines.describe import describe
 from flux.pipelines.parts import open_autoencoder, open_redux, open_t5, open_transformer, open_vision, widens_at_use
 from flux.specs.vision import REDUX_MINI, SIGLIP_MINI
+from tests.guides import PROMPT, SIGMAS
 from tests.stored import suffix_of, write_stored
 from tests.tiny import write_module, write_tiny
 
@@ -73,19 +74,37 @@ def test_a_large_file_of_bf16_takes_what_it_takes_on_disk(tmp_path, monkeypatch)
     assert large.load() < 0.51 * small.load()
 
 
-def test_freed_memory_is_kept_as_long_as_a_part_is_in_use(tmp_path, monkeypatch):
-    inside = []
+@pytest.fixture
+def heap(monkeypatch):
+    """What the heap is asked for, as it begins and ends."""
+    asked = []
 
-    @contextmanager
-    def keeping():
-        inside.append(True)
-        yield
-        inside.append(False)
+    def noting(name):
+        @contextmanager
+        def inside():
+            asked.append(name)
+            yield
+            asked.append(f"no more {name}")
 
-    monkeypatch.setattr(parts, "keeping_freed_memory", keeping)
+        return inside
+
+    monkeypatch.setattr(parts, "giving_back_freed_memory", noting("giving back"))
+    monkeypatch.setattr(denoising, "keeping_freed_memory", noting("keeping"))
+    return asked
+
+
+def test_an_autoencoder_gives_freed_memory_back(tmp_path, heap):
     with open_autoencoder(write_tiny(tmp_path).autoencoder, CPU).resident():
-        assert inside == [True]
-    assert inside == [True, False]
+        assert heap == ["giving back"]
+    assert heap == ["giving back", "no more giving back"]
+
+
+def test_steps_keep_freed_memory_and_loading_does_not(tmp_path, heap):
+    part = open_transformer(write_tiny(tmp_path).transformer, CPU)
+    loading = denoising.Hooks(progress=lambda *_: heap.append("loading") if heap[-1:] != ["loading"] else None)
+    with denoising.prepared(part, PROMPT, SIGMAS, hooks=loading):
+        assert heap == ["loading", "keeping"]
+    assert heap == ["loading", "keeping", "no more keeping"]
 
 
 @pytest.fixture(scope="module")
