@@ -134,6 +134,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= available:
         found = f"torch sees {available} CUDA devices" if available else "torch sees no CUDA device"
         raise UserError(f"{name} was asked for, but {found} here; use --device cpu, or install torch for your GPU")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("mps was asked for, but torch sees no Apple GPU here; use --device cpu")
     return device
 
 

@@ -24,6 +24,7 @@ from ..pipelines.parts import bind_part
 from ..pipelines.plan_picture import draw_plan
 from ..pipelines.plan_text import plan_lines
 from ..pipelines.planning import Job, Planned, plan_run, planned_of_file, planned_of_spec
+from ..pipelines.step_cache import check_few, check_steps
 from ..pipelines.text_to_image import check_side, round_size
 from ..specs.autoencoder import AUTOENCODERS
 from ..specs.flux1 import FLUX1, Flux1Spec
@@ -38,12 +39,15 @@ from .purposes import SHORT_NAMES
 __all__ = ["run"]
 
 SIZE = re.compile(r"(\d+)x(\d+)", re.IGNORECASE)
+ELSEWHERE = re.compile(r"cuda(:\d+)?|mps")  # devices that need not be here
 UNKNOWN_DEVICE = 24 * GIB  # free memory of a device that is not here
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or JSON; returns the exit code."""
     policy = read_policy(arguments.policy)
+    if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
+        raise UserError(f"the plan is drawn as a PNG; give --picture a name that ends in .png, not {arguments.picture}")
     device, is_here = _device(arguments.device)
     available = _free(arguments.memory, device, is_here)
     dtype = DTYPES[arguments.dtype]
@@ -66,15 +70,14 @@ def _device(name: str) -> tuple[torch.device, bool]:
     try:
         return resolve_device(name), True
     except UserError:
-        kind = name.split(":")[0]
-        if kind not in ("cuda", "mps"):
+        if ELSEWHERE.fullmatch(name) is None:
             raise
-        return torch.device(kind), False
+        return torch.device(name.split(":")[0]), False
 
 
 def _free(gib: float | None, device: torch.device, is_here: bool) -> int:
     if gib is not None:
-        if not gib > 0:
+        if not 0 < gib < math.inf:
             raise UserError(f"memory is {gib:g}; give the free memory in GiB, such as 12")
         return int(gib * GIB)
     if is_here:
@@ -111,7 +114,11 @@ def _parts(
 def _names_and_files(models: Sequence[str]) -> tuple[list[Flux1Spec], list[Path]]:
     """Known models, and files."""
     names = [FLUX1[SHORT_NAMES.get(name, name)] for name in models if SHORT_NAMES.get(name, name) in FLUX1]
-    return names, [Path(name) for name in models if SHORT_NAMES.get(name, name) not in FLUX1]
+    files = [Path(name) for name in models if SHORT_NAMES.get(name, name) not in FLUX1]
+    for path in files:
+        if not path.exists() and not path.suffix and path.name == str(path):
+            raise UserError(f"{path} is neither a known model, which `models` lists, nor a file")
+    return names, files
 
 
 def _of_spec(spec: Any, device: torch.device, dtype: torch.dtype | None) -> Planned:
@@ -171,6 +178,9 @@ def _job(arguments: argparse.Namespace, parts: Sequence[Planned]) -> Job:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give 1 or more")
+    if arguments.step_cache:
+        check_few(spec)
+        check_steps(arguments.steps or spec.steps)
     if arguments.redux < 0:
         raise UserError(f"redux is {arguments.redux}; give how many pictures it takes over, 0 for none")
     tokens = sum(part.spec.grid**2 for part in parts if isinstance(part.spec, SiglipSpec))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ..memory.metering import StageActual
 from ..memory.plan import RunPlan, StagePlan
+from ..memory.policy import AUTO, SAVE
 from ..memory.report import RunReport, usual_pass
 from .describe import human_bytes
 from .layout import table
@@ -67,7 +68,8 @@ def _streaming(plan: RunPlan) -> Iterator[str]:
 
 def _too_much(plan: RunPlan) -> Iterator[str]:
     if plan.peak_bytes > plan.available:
-        yield "That is more than is free: choose policy auto or save, a smaller picture, or a smaller format."
+        others = {AUTO: "policy save, ", SAVE: ""}.get(plan.policy.name, "policy auto or save, ")
+        yield f"That is more than is free: choose {others}a smaller picture, or a smaller format."
 
 
 def report_lines(report: RunReport) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from comfy_execution.utils import get_executing_context
 
+from ...flux.errors import BudgetError
 from ...flux.memory.loss import is_lost, lost
 from ...flux.memory.metering import Meter, Metered, StageActual
 from ...flux.memory.plan import RunPlan
@@ -139,9 +140,9 @@ def report_of(available: Callable[[torch.device], int], nodes: Collection[str]) 
     for entry, together in _joined([*earlier.values(), *own]):
         key = _free_key(together.name, taken)
         taken[key] = replace(together, name=key)
-        plans.append(_planned(entry, key, available(entry.device)))
+        plans += _planned(entry, key, available(entry.device))
     if not plans:
-        return RunReport(None, {}), []
+        return RunReport(None, taken), sorted(earlier)
     stages = tuple(stage for plan in plans for stage in plan.stages)
     plan = replace(plans[0], stages=stages, available=max(plan.available for plan in plans))
     return RunReport(plan, taken), sorted(earlier)
@@ -149,9 +150,10 @@ def report_of(available: Callable[[torch.device], int], nodes: Collection[str]) 
 
 def _joined(entries: Sequence[Entry]) -> Iterator[tuple[Entry, StageActual]]:
     """Stages that ran several times alike, as two prompts through one encoder, each as one."""
-    alike: dict[tuple[str, str, Job], list[Entry]] = {}
+    alike: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        alike.setdefault((entry.taken.name, entry.taken.title, entry.job), []).append(entry)
+        loaded = tuple((id(part.accounts), part.policy) for part in (own(None) for own in entry.parts))
+        alike.setdefault((entry.taken.name, entry.taken.title, entry.job, loaded), []).append(entry)
     for group in alike.values():
         together = group[0].taken
         for other in group[1:]:
@@ -159,10 +161,14 @@ def _joined(entries: Sequence[Entry]) -> Iterator[tuple[Entry, StageActual]]:
         yield group[0], together
 
 
-def _planned(entry: Entry, key: str, available: int) -> RunPlan:
+def _planned(entry: Entry, key: str, available: int) -> list[RunPlan]:
+    """The stage's plan; none where it would have been refused, as a batch that is larger than what was planned for."""
     parts = [part(None) for part in entry.parts]
-    plan = plan_run(parts, entry.job, AS_LOADED, device=str(entry.device), available=available)
-    return replace(plan, stages=(replace(plan.stage(entry.taken.name), name=key),))
+    try:
+        plan = plan_run(parts, entry.job, AS_LOADED, device=str(entry.device), available=available)
+    except BudgetError:
+        return []
+    return [replace(plan, stages=(replace(plan.stage(entry.taken.name), name=key),))]
 
 
 def _free_key(name: str, taken: dict[str, StageActual]) -> str:

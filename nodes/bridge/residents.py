@@ -85,15 +85,20 @@ class Residents:
         self.module, self.prefix, self.policy, self.apart = module, prefix, policy, tuple(apart)
         self.title = title_of(weights.spec)
         self.footprint: Footprint | None = None
-        self.working = 0 if policy.budget is None else working_bytes(weights.spec, dtype, ANY)
         self._bindings, self._checkpoint = weights.bound.bindings, weights.bound.checkpoint
         self.accounts = Accounts(
             weights.bound.module, self._bindings,
             item=max(dtype.itemsize, weights.stored.itemsize), keeps_packed=True,
             blocks=block_names(weights.bound.module),
         )  # fmt: skip
+        self.working = 0 if policy.budget is None else working_bytes(weights.spec, dtype, ANY) + self._unpacked_bytes()
         self.flow = StreamedBlocks(module, self.accounts.blocks)
         self._streamed: tuple[int, ...] = ()
+
+    def _unpacked_bytes(self) -> int:
+        """What one layer's weight takes while it is unpacked at use."""
+        inside = (name for block in self.accounts.blocks for name in self.accounts.names_in(block, self.apart))
+        return max(self.accounts.unpacked_bytes(self.accounts.packable), self.accounts.unpacked_bytes(inside))
 
     def choose(self, granted: int | None) -> Footprint:
         """What takes how much under the policy and what the host grants; None for no limit of its own.

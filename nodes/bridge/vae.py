@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from ...flux.errors import MismatchError, NumericError
-from ...flux.memory.policy import Needs, Policy, needs_strips, weights_limit
+from ...flux.memory.policy import Policy
 from ...flux.models.autoencoder import Autoencoder
-from ...flux.pipelines.planning import Job, working_bytes
+from ...flux.pipelines.planning import Job, plan_run
 from ...flux.pipelines.strips import decode_mean_in_strips, moments_in_strips
 from ...flux.specs.autoencoder import FLUX1 as FLUX1_AE
 from ...flux.specs.autoencoder import AutoencoderSpec
 from ...flux.specs.fit import Given
 from .compat import archive_dtypes, patch, register_reload, to_intermediate
 from .noting import job_of_latent, noted_autoencoder
-from .planning import reachable
+from .planning import planned_vae, reachable
 from .preflight import MODEL, check_together
 from .progress import say
 from .weights import HOSTS, open_weights
@@ -107,16 +107,14 @@ class FoundryVAE(comfy.sd.VAE):
         Raises:
             UserError: A budget is below what strips take.
         """
-        weights = comfy.model_management.module_size(self.first_stage_model)
-        needs = Needs(weights, weights, int(whole))
-        strips = needs_strips(self.memory, needs, reachable(self.device))
-        self.first_stage_model.in_strips = strips
-        if not strips:
+        job = Job(height=size[0], width=size[1], starts=True)
+        parts, free = [planned_vae(self)(None)], reachable(self.device)
+        planned = plan_run(parts, job, self.memory, device=str(self.device), available=free).stage(stage)
+        self.first_stage_model.in_strips = planned.in_strips
+        if not planned.in_strips and self.memory.budget is None:
             return whole
-        job = Job(height=size[0], width=size[1])
-        needed = LIBRARIES + working_bytes(self.spec, self.vae_dtype, job, stage, in_strips=True)
-        weights_limit(self.memory, Needs(weights, weights, needed), reachable(self.device))
-        return needed
+        libraries = 0 if comfy.model_management.is_device_cpu(self.device) else LIBRARIES
+        return planned.activations + planned.workspace + libraries
 
     def _set_unused(self) -> None:
         """What only other families' VAEs use, but the host reads of every one."""
@@ -133,15 +131,19 @@ class FoundryVAE(comfy.sd.VAE):
         """
         check_channels(samples_in, self.latent_channels, self.spec.name)
         with noted_autoencoder(self, "decode", job_of_latent(samples_in)):
-            pictures: Tensor = super().decode(samples_in, *args, **kwargs)
-        return pictures
+            made = [super(FoundryVAE, self).decode(own, *args, **kwargs) for own in self._at_once(samples_in)]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """IMAGE to latents."""
         height, width = pixel_samples.shape[1:3]
         with noted_autoencoder(self, "encode", Job(width=width, height=height, batch=len(pixel_samples), starts=True)):
-            latents: Tensor = super().encode(pixel_samples)
-        return latents
+            made = [super(FoundryVAE, self).encode(own) for own in self._at_once(pixel_samples)]
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _at_once(self, batch: Tensor) -> Sequence[Tensor]:
+        """What is done together: under a budget, which one picture keeps to, each by itself."""
+        return [batch] if self.memory.budget is None else batch.split(1)
 
     def decode_tiled_(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the host does when memory ran out: strips, which leave no seams, in place of its tiles."""

@@ -120,6 +120,11 @@ def test_the_plan_is_drawn(flux, tmp_path):
         assert (picture.format, picture.width) == ("PNG", WIDTH)
 
 
+def test_an_apple_gpu_need_not_be_here(flux):
+    assert planned(flux, "flux1-dev", "--device", "mps", "--memory", "24")["device"] == "mps"
+    assert flux("plan", "mini", "--device", "mps").code == 0
+
+
 def test_pictures_in_strips_are_said(flux):
     said = flux("plan", "flux1-dev", *GPU, "--policy", "save")
     assert "flux1-ae: decodes in strips of rows." in said.out
@@ -136,6 +141,11 @@ def test_too_little_memory_is_said(flux):
         (["flux1-dev", "--policy", "fast"], "there is no memory policy 'fast'; give one of auto, keep, balance, save"),
         (["flux1-dev", "--policy", "1"], "a budget of 1 GiB is below the least that this takes"),
         (["flux1-dev", "--memory", "0"], "memory is 0; give the free memory in GiB"),
+        (["flux1-dev", "--memory", "inf"], "memory is inf; give the free memory in GiB"),
+        (["flux1-dev", "--device", "cuda:banana"], "there is no device 'cuda:banana'"),
+        (["mini-schnell", "--step-cache"], "none can be skipped; run it without a step cache"),
+        (["flux1-dev", "--picture", "plan.jpg"], "the plan is drawn as a PNG"),
+        (["canny"], "canny is neither a known model, which `models` lists, nor a file"),
         (["flux1-dev", "--width", "0"], "width is 0; give 16 to 8192 pixels"),
         (["flux1-dev", "--batch", "0"], "batch is 0; give 1 or more"),
         (["flux1-dev", "--reference", "big"], "a reference's size is 'big'; give width and height"),
