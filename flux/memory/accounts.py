@@ -13,6 +13,7 @@ from .spread import Footprint, spread_over
 
 __all__ = ["ALIGNMENT", "Accounts", "Size", "Sized", "aligned", "below", "buffer_bytes"]
 
+SIXTEEN_BITS = 2  # bytes
 ALIGNMENT = 256  # bytes; where tensors begin in a buffer, as in memory of their own
 
 
@@ -74,6 +75,12 @@ class Accounts:
         self._movable = frozenset(name for name, layer in layers.items() if isinstance(layer, Linear))
         self.tables = frozenset(name for name in layers if name not in self._movable and name in weights)
         self.packable = frozenset(name for name in layers if keeps_packed and self._gains(name))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether weights of layers that unpack at use are stored in fewer than 16 bits."""
+        owns = (self._weights[name] for name in self._movable if name in self._weights)
+        return any(weight.nbytes < SIXTEEN_BITS * weight.parameters for weight in owns)
 
     def kept_bytes(self, name: str) -> int:
         """What a parameter takes where it stays."""

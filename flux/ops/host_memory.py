@@ -83,6 +83,8 @@ class _Spare:
             if block is not None and size <= block.nbytes <= MOST_WASTE * size:
                 self._block = None
                 return block
+            if block is not None and block.nbytes < size:
+                self._block = None  # the new one takes its place when it comes back, and not beside it until then
         return np.empty(size, np.uint8)
 
     def give(self, block: Block) -> None:

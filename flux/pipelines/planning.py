@@ -47,6 +47,7 @@ STAGES = ("clip", "t5", "vision", "encode", "transformer", "decode")
 ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages of parts that run in one
 PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
 PACKED_PER_THREAD = 17 << 20  # bytes; ``benchmarks.planned`` found 33 to 39 MiB with two threads, in every case alike
+DECODED_PER_THREAD = 32 << 20  # bytes, of threads and tables that turn codes into numbers; likewise
 HEAP_SHARE, HEAP_MOST = 0.5, 64 << 20  # of activations, and bytes, that a CPU's heap has free between them; likewise
 LARGE_STORED = 50 << 20  # bytes of weights, from which on matrices are large enough for that
 IN_STRIPS = {"decode": 2.0, "encode": 1.5}  # times the operations: what stands before norms is computed again
@@ -388,6 +389,7 @@ def _library_bytes(part: Planned, made: Traced) -> int:
     An autoencoder gives back what it frees; see ``ops.host_heap``.
     """
     packing = PACKED_PER_THREAD * torch.get_num_threads() if part.accounts.stored_bytes() > LARGE_STORED else 0
+    packing += DECODED_PER_THREAD * torch.get_num_threads() if packing and part.accounts.decodes else 0
     return packing if isinstance(part.spec, AutoencoderSpec) else packing + min(int(HEAP_SHARE * made.peak), HEAP_MOST)
 
 
