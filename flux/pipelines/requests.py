@@ -64,8 +64,8 @@ class Request:
         layout: Of several references: one of ``models.positions.LAYOUTS``.
         norms_by_strength: Whether norms of control LoRAs come in as far as their strength goes, and not whole (as Black
             Forest Labs' code has it).
-        memory: How much the run may take; see ``memory.policy``. Pictures are the same under any, but for the last bit of
-            a byte where the autoencoder works in strips.
+        memory: How much the run may take; see ``memory.policy``. Pictures are the same under any, but for the last bit
+            of a byte where the autoencoder works in strips.
         step_cache: When steps that change little may be skipped; None for never.
         attention: What computes the transformer's attention: one of ``ops.attention_backends.CHOICES``.
         compiled: Whether its blocks run compiled; see the module ``compiled``.
