@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -79,6 +80,7 @@ class Size:
         batches: Pictures at once.
         steps: Of a run.
         cases: Of which plans are compared with what is taken.
+        pictures: Likewise, of the autoencoder.
     """
 
     spec: Flux1Spec
@@ -87,6 +89,7 @@ class Size:
     batches: tuple[int, ...]
     steps: int
     cases: tuple[planned.Case, ...]
+    pictures: tuple[planned.Case, ...]
 
 
 SIZES = {
@@ -97,11 +100,16 @@ SIZES = {
             for case in planned.CASES
             if case.stored in STORED
         ),
+        pictures=(
+            planned.Case(1024, stage="decode"), planned.Case(1024, stage="encode"),
+            planned.Case(2048, stage="decode", policy="save"),
+        ),
     ),
     "tiny": Size(
         spec=replace(FLUX1["flux1-mini"], name="tiny", title="a tiny FLUX.1", double_blocks=2, single_blocks=4),
         side=64, sides=(32, 64), batches=(1, 2), steps=2,
         cases=(planned.Case(64), planned.Case(64, stored="fp8", policy="save")),
+        pictures=(planned.Case(64, stage="decode"),),
     ),
 }  # fmt: skip
 
@@ -547,12 +555,19 @@ def plans(bench: Bench) -> Found:
     planned.warm_up(bench.device)
     found = Found()
     for case in bench.size.cases:
-        foreseen, taken = planned.compare(bench.part(case.stored), case)
-        off = foreseen / max(taken, 1) - 1
-        found.rows.append({"run": case.name, "planned": foreseen, "taken": taken, "off": off})
+        _compare(found, bench.part(case.stored), case)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in bench.size.pictures:
+            _compare(found, planned.opened(Path(folder), case, bench.device), case)
     worst = max(abs(row["off"]) for row in found.rows)
     found.bars.append(Bar("the farthest, as a share", worst, planned.BARS[bench.device.type]))
     return found
+
+
+def _compare(found: Found, part: Part[Any, Any], case: planned.Case) -> None:
+    foreseen, taken = planned.compare(part, case)
+    off = foreseen / max(taken, 1) - 1
+    found.rows.append({"run": case.name, "planned": foreseen, "taken": taken, "off": off})
 
 
 def rates(bench: Bench) -> Found:

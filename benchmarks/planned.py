@@ -46,7 +46,7 @@ from .machine import UNLIKE_USERS, peak_resident, processor
 from .random_files import write_random
 from .report import Report, verdict
 
-__all__ = ["BARS", "CASES", "OTHERS", "Case", "compare", "main", "table", "warm_up"]
+__all__ = ["BARS", "CASES", "OTHERS", "Case", "compare", "main", "opened", "table", "warm_up"]
 
 SMALL = replace(
     FLUX1["flux1-dev"], name="flux1-small", title="a small FLUX.1", hidden=1024, heads=8, double_blocks=4,
@@ -120,6 +120,15 @@ def measure(path: Path, case: Case, device: torch.device) -> tuple[int, int]:
     if case.stage in KINDS:
         return compare(KINDS[case.stage].open(path, device, DTYPES[device.type]), case)
     return compare(open_transformer(path, device, DTYPES[device.type], keep=KEEPS.get(case.stored, "packed")), case)
+
+
+def opened(folder: Path, case: Case, device: torch.device) -> Part[Any, Any]:
+    """What a case of another stage than the transformer's runs with, of a file with random weights in a folder."""
+    kind = KINDS[case.stage]
+    path = folder / f"{kind.layout}-{case.stored}.safetensors"
+    if not path.exists():
+        write_random(path, kind.build, kind.layout, case.stored, kind.title)
+    return kind.open(path, device, DTYPES[device.type])
 
 
 def warm_up(device: torch.device) -> None:
