@@ -47,8 +47,8 @@ STAGES = ("clip", "t5", "vision", "encode", "transformer", "decode")
 ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages of parts that run in one
 PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
 PACKED_PER_THREAD = 17 << 20  # bytes; ``benchmarks.planned`` found 33 to 39 MiB with two threads, in every case alike
-DECODED_PER_THREAD = 32 << 20  # bytes, of threads and tables that turn codes into numbers; likewise
-HEAP_SHARE, HEAP_MOST = 0.5, 64 << 20  # of activations, and bytes, that a CPU's heap has free between them; likewise
+DECODED_PER_THREAD = 28 << 20  # bytes, of threads and tables that turn codes into numbers; likewise
+HEAP_SHARE, HEAP_MOST = 0.6, 72 << 20  # of activations, and bytes, that a CPU's heap has free between them; likewise
 LARGE_STORED = 50 << 20  # bytes of weights, from which on matrices are large enough for that
 IN_STRIPS = {"decode": 2.0, "encode": 1.5}  # times the operations: what stands before norms is computed again
 PER_PIXEL = 4096  # bytes, more than an autoencoder or a step of a transformer takes: FLUX.1's takes 3072 in fp32
@@ -386,11 +386,11 @@ def _stage(use: _Use, name: str, job: Job, weights: Footprint, limit: int | None
 def _library_bytes(part: Planned, made: Traced) -> int:
     """What libraries keep for themselves on a CPU: those for products pieces of matrices, the heap what is too small.
 
-    An autoencoder gives back what it frees; see ``ops.host_heap``.
+    The heap does so while a transformer's steps run; see ``ops.host_heap``.
     """
     packing = PACKED_PER_THREAD * torch.get_num_threads() if part.accounts.stored_bytes() > LARGE_STORED else 0
     packing += DECODED_PER_THREAD * torch.get_num_threads() if packing and part.accounts.decodes else 0
-    return packing if isinstance(part.spec, AutoencoderSpec) else packing + min(int(HEAP_SHARE * made.peak), HEAP_MOST)
+    return packing + min(int(HEAP_SHARE * made.peak), HEAP_MOST) if isinstance(part.spec, Flux1Spec) else packing
 
 
 def _passes(name: str, job: Job) -> int:
