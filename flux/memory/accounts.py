@@ -13,7 +13,7 @@ from .spread import Footprint, spread_over
 
 __all__ = ["ALIGNMENT", "Accounts", "Size", "Sized", "aligned", "below", "buffer_bytes"]
 
-SIXTEEN_BITS = 2  # bytes
+HALF = 2  # bytes of a number in 16 bits
 ALIGNMENT = 256  # bytes; where tensors begin in a buffer, as in memory of their own
 
 
@@ -80,7 +80,7 @@ class Accounts:
     def decodes(self) -> bool:
         """Whether weights of layers that unpack at use are stored in fewer than 16 bits."""
         owns = (self._weights[name] for name in self._movable if name in self._weights)
-        return any(weight.nbytes < SIXTEEN_BITS * weight.parameters for weight in owns)
+        return any(weight.nbytes < HALF * weight.parameters for weight in owns)
 
     def kept_bytes(self, name: str) -> int:
         """What a parameter takes where it stays."""

@@ -271,7 +271,7 @@ class _Use:
         made: By one pass.
         beside: Bytes that stay with its weights: tables of modulations, a step cache, control LoRAs.
         unpacked: Bytes of a weight that is unpacked at use, where all stay.
-        streamed: The same where some are streamed.
+        streamed: The same where some are streamed; no less.
         packing: Bytes that libraries keep.
     """
 
@@ -290,7 +290,7 @@ class _Use:
     @property
     def needs(self) -> Needs:
         """What it can do with alone."""
-        working = self.made.peak + max(self.unpacked, self.streamed) + self.packing + self.beside
+        working = self.made.peak + self.streamed + self.packing + self.beside
         return Needs(self.weights().device_bytes, self.weights(0).device_bytes, working)
 
 
@@ -298,13 +298,13 @@ def _use(part: Planned, name: str, job: Job, *, on_cpu: bool) -> _Use:
     apart, accounts = comes_once(part.spec) if part.apart is None else part.apart, part.accounts
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
-    made = work(part.spec, name, part.dtype, job)
+    unpacked, made = max(once, accounts.unpacked_bytes(accounts.packable)), work(part.spec, name, part.dtype, job)
     inside = (name for block in accounts.blocks for name in accounts.names_in(block, apart))
     return _Use(
         part, apart, made,
         beside=part.stays(job),
-        unpacked=max(once, accounts.unpacked_bytes(accounts.packable)),
-        streamed=max(once, accounts.unpacked_bytes(accounts.packable), accounts.unpacked_bytes(inside)),
+        unpacked=unpacked,
+        streamed=max(unpacked, accounts.unpacked_bytes(inside)),
         packing=_library_bytes(part, made) if on_cpu else 0,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from comfy_execution.utils import get_executing_context
 
 from ...flux.errors import BudgetError
 from ...flux.memory.loss import is_lost, lost
-from ...flux.memory.metering import Meter, Metered, StageActual
+from ...flux.memory.metering import Meter, Metered, Several, StageActual
 from ...flux.memory.plan import RunPlan
 from ...flux.memory.policy import Policy
 from ...flux.memory.report import RunReport
@@ -46,8 +46,7 @@ class Loaded:
     @property
     def passed(self) -> Passed:
         """Of all modules of the model."""
-        all_passed = [own.passed for own in residents_of(self._patcher.model)]
-        return Passed(sum(one.bytes for one in all_passed), sum(one.waited for one in all_passed))
+        return Several(residents_of(self._patcher.model)).passed
 
 
 @dataclass(frozen=True)
