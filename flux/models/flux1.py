@@ -21,7 +21,7 @@ from ..ops.attention import Kernel, attention
 from ..ops.dtypes import clamp_to_range
 from ..ops.layers import TORCH_LAYERS, Layers
 from ..specs.flux1 import Flux1Spec
-from .positions import apply_rope, rope
+from .positions import apply_rope, rope, rope_in_place
 
 __all__ = [
     "Attend", "Conditions", "DoubleBlock", "Flux1", "HeadNorm", "Modulations", "RotaryAttention", "Shortcut",
@@ -39,7 +39,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RotaryAttention:
-    """Attention (B, H, L, D) whose queries and keys are rotated by their positions.
+    """Attention (B, H, L, D) whose queries and keys are rotated by their positions, and used up where they can be.
 
     Attributes:
         bias: Added to its logits; None for nothing.
@@ -50,7 +50,8 @@ class RotaryAttention:
     kernel: Kernel = attention
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
-        return self.kernel(apply_rope(q, rotation), apply_rope(k, rotation), v, self.bias)
+        turn = apply_rope if _copies() else rope_in_place
+        return self.kernel(turn(q, rotation), turn(k, rotation), v, self.bias)
 
 
 PLAIN = RotaryAttention()
@@ -275,6 +276,7 @@ def head_norm(x: Tensor, scale: Tensor) -> Tensor:
     """RMS norm of x (..., D) with fp32 statistics, times ``scale`` (D,)."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and not _copies():  # torch has no kernel of its own there
         length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        # Not in x, which lies between others: attention takes longer over what is not close together.
         return (x * length.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()).mul_(scale)
     if x.dtype == torch.float32:
         return F.rms_norm(x, (x.shape[-1],), scale, eps=NORM_EPS)
@@ -330,10 +332,10 @@ class DoubleBlock(nn.Module):
         q, k, v = (torch.cat(pair, dim=2) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
         mixed = merge_heads(attend(q, k, v, rotation))
         txt_mixed, img_mixed = mixed[:, : txt.shape[1]], mixed[:, txt.shape[1] :]
-        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_mixed))
-        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_mixed))
-        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
-        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
+        img = gated(img, img_gate1, self.img_attn.proj(img_mixed))
+        txt = gated(txt, txt_gate1, self.txt_attn.proj(txt_mixed))
+        img = gated(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
+        txt = gated(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -382,7 +384,7 @@ class SingleBlock(nn.Module):
         q, k, v = split_heads(fused[..., : 3 * self.hidden], self.norm, self.heads)
         mixed = attend(q, k, v, rotation)
         joined = self._join(mixed, fused) if _copies() else self._join_in_place(mixed, fused)
-        return torch.addcmul(x, gate, self.linear2(joined))
+        return gated(x, gate, self.linear2(joined))
 
     def _join(self, mixed: Tensor, fused: Tensor) -> Tensor:
         """Input (B, L, h + 4h) of the second layer: attention's result beside the activated feed-forward."""
@@ -426,7 +428,12 @@ def per_token(modulation: Tensor, parts: int) -> tuple[Tensor, ...]:
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``LayerNorm(x) * (1 + scale) + shift``, the norm without learned parameters."""
     normed = F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
-    return torch.addcmul(shift, normed, 1 + scale)
+    return torch.addcmul(shift, normed, 1 + scale, out=None if _copies() else normed)
+
+
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """``x + gate * update``, which takes the place of the update where it can."""
+    return torch.addcmul(x, gate, update, out=None if _copies() else update)
 
 
 def split_heads(qkv: Tensor, norm: QueryKeyNorm, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "apply_rope", "image_ids", "reference_ids", "rope", "text_ids"]
+__all__ = ["LAYOUTS", "apply_rope", "image_ids", "reference_ids", "rope", "rope_in_place", "text_ids"]
 
 LAYOUTS = ("offset", "index", "uxo")  # of several references; ComfyUI's names
 PATCH = 2  # latent cells along each side of a token
@@ -97,6 +97,12 @@ def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(as_pairs(x))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+def rope_in_place(x: Tensor, rotation: Tensor) -> Tensor:
+    """As ``apply_rope`` for a complex rotation, but x is used up."""
+    pairs = torch.view_as_complex(as_pairs(x)).mul_(rotation)
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
 
 
 def as_pairs(x: Tensor) -> Tensor:

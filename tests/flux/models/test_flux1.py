@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
+from flux.models import flux1
 from flux.models.flux1 import Conditions, Flux1, timestep_embedding
 from flux.models.positions import image_ids, text_ids
 from flux.specs.flux1 import FLUX1
@@ -179,6 +180,23 @@ def test_the_way_without_a_copy_gives_the_same_numbers():
     fused = rows(2, 7, 3 * TINY.hidden + TINY.mlp_width, seed=1)
     mixed = rows(2, TINY.heads, 7, TINY.hidden // TINY.heads, seed=2)
     assert torch.equal(block._join(mixed, fused), block._join_in_place(mixed, fused.clone()))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_used_up_is_never_what_was_given(dtype, monkeypatch):
+    model = build(TINY).to(dtype)
+    image, conditions, times, pooled, guidance = inputs(TINY, batch=3)
+    given = [image.to(dtype), conditions.text.to(dtype), conditions.image_ids]
+    kept = [tensor.clone() for tensor in given]
+    modulations = model.modulate(model.embed(times, pooled.to(dtype), guidance))
+    before = [tensor.clone() for tensor in (*modulations.image, *modulations.text, *modulations.single)]
+    used_up = model(given[0], conditions._replace(text=given[1]), modulations)
+    assert all(map(torch.equal, given, kept))
+    assert all(map(torch.equal, (*modulations.image, *modulations.text, *modulations.single), before))
+    monkeypatch.setattr(flux1, "_copies", lambda: True)
+    copied = model(given[0], conditions._replace(text=given[1]), modulations)
+    assert relative_error(used_up, copied) <= (1e-6 if dtype == torch.float32 else 1e-2)  # norms differ in a last bit
 
 
 FP16_MAX = torch.finfo(torch.float16).max

@@ -10,7 +10,7 @@ from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from flux.models.positions import LAYOUTS, apply_rope, image_ids, reference_ids, rope, text_ids
+from flux.models.positions import LAYOUTS, apply_rope, image_ids, reference_ids, rope, rope_in_place, text_ids
 from tests.oracles import TOLERANCE, relative_error, rows
 
 AXES = (16, 56, 56)
@@ -136,6 +136,15 @@ def test_rotation_keeps_the_dtype_and_works_in_fp32():
     x = rows(1, 2, 45, 128, seed=0).bfloat16()
     rotation = rope(image_ids(5, 9), AXES, 10_000.0)
     assert torch.equal(apply_rope(x, rotation), apply_rope(x.float(), rotation).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_in_place_gives_the_same_and_takes_what_it_was_given(dtype):
+    x, rotation = rows(2, 45, 2, 128, seed=0).to(dtype).transpose(1, 2), rope(image_ids(5, 9), AXES, 10_000.0)
+    wanted = apply_rope(x, rotation)
+    turned = rope_in_place(x, rotation)
+    assert torch.equal(turned, wanted)
+    assert (turned.data_ptr() == x.data_ptr()) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
