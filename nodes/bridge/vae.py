@@ -124,26 +124,22 @@ class FoundryVAE(comfy.sd.VAE):
         self.audio_sample_rate = 44100
 
     def decode(self, samples_in: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Latents to IMAGE.
+        """Latents to IMAGE, one after the other as plans have it.
 
         Raises:
             MismatchError: The latents have another number of channels.
         """
         check_channels(samples_in, self.latent_channels, self.spec.name)
         with noted_autoencoder(self, "decode", job_of_latent(samples_in)):
-            made = [super(FoundryVAE, self).decode(own, *args, **kwargs) for own in self._at_once(samples_in)]
+            made = [super(FoundryVAE, self).decode(own, *args, **kwargs) for own in samples_in.split(1)]
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
-        """IMAGE to latents."""
+        """IMAGE to latents, likewise."""
         height, width = pixel_samples.shape[1:3]
         with noted_autoencoder(self, "encode", Job(width=width, height=height, batch=len(pixel_samples), starts=True)):
-            made = [super(FoundryVAE, self).encode(own) for own in self._at_once(pixel_samples)]
+            made = [super(FoundryVAE, self).encode(own) for own in pixel_samples.split(1)]
         return made[0] if len(made) == 1 else torch.cat(made)
-
-    def _at_once(self, batch: Tensor) -> Sequence[Tensor]:
-        """What is done together: under a budget, which one picture keeps to, each by itself."""
-        return [batch] if self.memory.budget is None else batch.split(1)
 
     def decode_tiled_(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the host does when memory ran out: strips, which leave no seams, in place of its tiles."""
