@@ -41,7 +41,7 @@ from . import (
     transformer,
 )
 from .machine import processor
-from .report import Report
+from .report import Report, verdict
 
 __all__ = ["main"]
 
@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.names) - set(QUICK | SLOW)
     if unknown:
         parser.error(f"there is no table {', '.join(sorted(unknown))}; there are {', '.join(QUICK | SLOW)}")
+    missed = []
     for name in options.names or (QUICK if options.quick else QUICK | SLOW):
         report, taken = (QUICK | SLOW)[name](options), environment()
         text = f"{report}\n\n<sub>{taken}</sub>"
@@ -97,7 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         if options.write:
             _keep(name, text, {"environment": taken, **report.data})
-    return 0
+        if verdict(holds=False) in report.text:
+            missed.append(name)
+    if missed:
+        sys.stderr.write(f"a bar is missed in: {', '.join(missed)}\n")
+    return int(bool(missed))
 
 
 def _keep(name: str, text: str, data: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ LEAST_BUDGET = "3"  # GiB, of the whole stage
 PLANNED_BUDGET = "8"  # GiB, in the place of those that a small model's plans are tried with
 STREAMED_BAR_DOWN_TO = 0.5  # of the blocks' weights
 ROOM = 0.9  # of the card's memory that engines which run in turn may take together
-MIB, GIB, TERA = 1 << 20, 1 << 30, 1e12
+MIB, GIB, GB, TERA = 1 << 20, 1 << 30, 1e9, 1e12
 TABLES = Path(__file__).resolve().parent / "tables"
 FOUNDRY, FOUNDRY_FP8 = "FLUX Foundry", "FLUX Foundry, fp8"
 FOUNDRY_COMPILED, FOUNDRY_FP8_COMPILED = "FLUX Foundry, compiled", "FLUX Foundry, fp8, compiled"
@@ -192,7 +192,7 @@ class Bench:
 
     @property
     def brings(self) -> float:
-        """Bytes a second from pinned memory."""
+        """Bytes a second from a cached file."""
         return measure_rates(self.device, self.dtype).bytes
 
     def weights(self, stored: str = "bf16") -> dict[str, HostWeight]:
@@ -376,10 +376,13 @@ ENGINES: dict[str, Callable[[Bench], AbstractContextManager[Denoises]]] = {
 }
 """What denoises, in the order of the table."""
 
+OURS = {FOUNDRY: "bf16", FOUNDRY_FP8: "fp8", FOUNDRY_COMPILED: "bf16", FOUNDRY_FP8_COMPILED: "fp8"}  # as stored
+
 DENOISE_BARS = (
     ("FLUX Foundry of diffusers, both compiled", FOUNDRY_COMPILED, DIFFUSERS_COMPILED, 0.90),
     ("fp8 of bf16, both compiled", FOUNDRY_FP8_COMPILED, FOUNDRY_COMPILED, 0.70),
 )
+RESIDENT_BAR = ("GB of weights and tables of FLUX.1 [dev] in bf16 that stay", FOUNDRY, 17.4)
 SECONDS_BARS = {"H200": ("FLUX Foundry, compiled, in seconds on an H200", FOUNDRY_COMPILED, 3.4)}  # by a card's name
 
 
@@ -428,6 +431,9 @@ def denoising(bench: Bench) -> Found:
         for word, (what, one, most) in SECONDS_BARS.items()
         if word in name and one in found
     ]
+    what, one, most = RESIDENT_BAR
+    if one in found:
+        bars.append(Bar(what, found[one].resident / GB, most))
     return Found(rows, bars, notes)
 
 
@@ -469,9 +475,17 @@ def _groups(bench: Bench) -> list[list[str]]:
     """Engines that are there at once."""
     if bench.device.type != "cuda":
         return [list(ENGINES)]
-    needed = len(ENGINES) * sum(own.nbytes for own in bench.weights().values())
+    needed = sum(_bytes_of(bench, name) for name in ENGINES)
     total = torch.cuda.get_device_properties(bench.device).total_memory
     return [list(ENGINES)] if needed <= ROOM * total else [[name] for name in ENGINES]
+
+
+def _bytes_of(bench: Bench, name: str) -> int:
+    """That an engine's weights take."""
+    if name not in OURS:
+        return sum(own.nbytes for own in bench.weights().values())
+    part = bench.part(OURS[name])
+    return part.residency.accounts.footprint(tuple(part.module.modulation_layers())).device_bytes
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

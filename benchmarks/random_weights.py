@@ -16,6 +16,7 @@ from torch import Tensor
 from flux.memory.residency import Residency
 from flux.models.flux1 import Flux1
 from flux.ops.layers import on_meta
+from flux.ops.pieces import copy_bytes
 from flux.pipelines.modules import block_names
 from flux.pipelines.parts import Part
 from flux.specs.fit import Given
@@ -62,7 +63,7 @@ class HostWeight:
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         for name, tensor in self.kept.tensors().items():
-            targets[name].copy_(tensor.reshape(-1).view(torch.uint8))
+            copy_bytes(targets[name], tensor.reshape(-1).view(torch.uint8))  # by as many threads as read a file
 
     def forget(self) -> None:
         """Nothing is mapped."""

@@ -6,6 +6,7 @@ __all__ = [
     "BudgetError",
     "Cancelled",
     "DeviceLostError",
+    "ExhaustedError",
     "FileError",
     "FluxFoundryError",
     "MismatchError",

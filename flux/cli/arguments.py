@@ -165,6 +165,10 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--width", type=int, metavar="PIXELS", help="default: the model's own size")
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at once (default: 1)")
+    parser.add_argument(
+        "--count", type=int, default=1, metavar="N",
+        help="pictures one after the other, as `generate --count` draws them: the transformer stays where it has room",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="N", help="default: the model's own number")
     parser.add_argument("--negative", action="store_true", help="with a negative prompt: two passes a step")
     parser.add_argument(

@@ -174,7 +174,7 @@ def _job(arguments: argparse.Namespace, parts: Sequence[Planned]) -> Job:
         if value is not None:
             check_side(name, value)
         sides[name] = round_size(value or spec.native_side)
-    for name in ("batch", "steps"):
+    for name in ("batch", "count", "steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give 1 or more")
@@ -194,6 +194,7 @@ def _job(arguments: argparse.Namespace, parts: Sequence[Planned]) -> Job:
         views=arguments.redux,
         styles=arguments.redux * tokens,
         cached=arguments.step_cache,
+        pictures=arguments.count,
     )
 
 

@@ -19,6 +19,7 @@ Tell = Callable[[str], None]
 WORDS = (  # torch's, where the host's memory ran out, and where a driver had none for something beside tensors
     "can't allocate memory",
     "CUDA error: out of memory",
+    "CUDA out of memory",  # where a compiler wrapped torch's own error
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..ops.pieces import by_several
+
 __all__ = ["Arrival", "CpuLane", "CudaLane", "Departure", "Lane", "Mark", "lane_for"]
 
 MILLI = 1000  # of a second
@@ -193,7 +195,8 @@ class CudaLane:
         if travelling is not None:
             travelling.block()
         stage = self._stages.piece(turn, buffer.numel())
-        read(stage[:size])
+        with by_several():  # the CPU has nothing else to do
+            read(stage[:size])
         with torch.cuda.stream(self._stream):
             if after is not None:
                 after.wait()

@@ -36,7 +36,8 @@ class StagePlan:
         footprint: Of them on the device.
         activations: The most bytes of tensors that it makes.
         workspace: Bytes for what is unpacked at use.
-        beside: Bytes of what stays beside it: control LoRAs, and further transformers that the run has.
+        beside: Bytes of what stays beside it: control LoRAs, further transformers that the run has, and the transformer
+            where a picture is decoded and another one follows.
         once: Bytes that are brought once and let go, before the first pass.
         passes: How often its blocks run.
         operations: Of one pass.

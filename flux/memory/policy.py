@@ -106,7 +106,7 @@ def allowed(policy: Policy, peak: int, available: int) -> int:
     """
     if policy.budget is not None:
         return policy.budget
-    return available - RESERVE if policy.name == AUTO else peak
+    return max(peak, available - RESERVE) if policy.name in (AUTO, KEEP) else peak
 
 
 def weights_limit(policy: Policy, needs: Needs, available: int) -> int | None:

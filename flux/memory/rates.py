@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..ops.pieces import READERS, by_several, copy_bytes
 from .exhaustion import is_exhausted
 from .plan import Rates
 
@@ -19,11 +20,10 @@ COPIED = 64 << 20  # bytes
 REPEATS = 3
 
 
-@functools.lru_cache(8)
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """Measure once what a device does in a second: products in a dtype, and bytes that come from memory of the host.
+    """What a device does in a second, measured once: products in a dtype, and bytes that come from a cached file.
 
-    None where a device has no memory left for that.
+    None where a device has no memory left for that, for now.
     """
     try:
         return _measured(device, dtype)
@@ -33,14 +33,24 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
         return None
 
 
+@functools.lru_cache(8)  # of what could be measured
 def _measured(device: torch.device, dtype: torch.dtype) -> Rates:
     side = SIDE.get(device.type, LARGE_SIDE)
     x = torch.ones(side, side, dtype=dtype, device=device)
-    source = torch.ones(COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = torch.empty(COPIED, dtype=torch.uint8, device=device)
     product = _best(device, lambda: x @ x)
-    copy = _best(device, lambda: target.copy_(source, non_blocking=True))
-    return Rates(bytes=COPIED / copy, operations=2 * side**3 / product)
+    return Rates(bytes=COPIED / _seconds_to_bring(device), operations=2 * side**3 / product)
+
+
+def _seconds_to_bring(device: torch.device) -> float:
+    """Of what takes longer: to read what the system has in its memory, or to bring it from there to the device."""
+    is_cuda, is_host = device.type == "cuda", device.type == "cpu"
+    cached, stage = (torch.ones(COPIED, dtype=torch.uint8, pin_memory=pin) for pin in (False, is_cuda))
+    with by_several(READERS if is_cuda else 1):  # as ``lanes`` do
+        read = _best(device, lambda: copy_bytes(stage, cached))
+    if is_host:
+        return read
+    target = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    return max(read, _best(device, lambda: target.copy_(stage, non_blocking=True)))
 
 
 def _best(device: torch.device, work: Callable[[], object]) -> float:

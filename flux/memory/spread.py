@@ -70,13 +70,15 @@ class Footprint:
         return self.others + self.blocks.device_bytes
 
 
-def shares(limit: int, needs: Sequence[tuple[int, int]]) -> list[int]:
+def shares(limit: int | None, needs: Sequence[tuple[int, int]]) -> Sequence[int | None]:
     """A limit dealt out to several modules: to each the least that it can do with, and of the rest by what it lacks.
 
     Args:
-        limit: Bytes for all together.
+        limit: Bytes for all together, which a single one has to itself; None for no limit.
         needs: For each the least, and what it takes where all stays.
     """
+    if limit is None or len(needs) == 1:
+        return [limit] * len(needs)
     least, lacking = sum(one for one, _ in needs), sum(whole - one for one, whole in needs)
     rest = max(0, limit - least)
     return [one + (rest * (whole - one) // lacking if lacking else 0) for one, whole in needs]

@@ -94,7 +94,7 @@ class _Runner:
                 return self._compiled(block, tensors)(block, tensors)
             except Exception as error:
                 # The compiler's own errors are many, and differ by release: what it raises comes before any operator.
-                if _running.began or is_exhausted(error):
+                if _running.began or is_exhausted(error) or is_exhausted(_wrapped(error)):
                     raise
                 _faults[self._backend] = _told_of(error)
             finally:
@@ -124,9 +124,14 @@ class _Runner:
         return tuple(None if self._dynamic and place == tokens else side for place, side in enumerate(tensor.shape))
 
 
+def _wrapped(error: Exception) -> BaseException:
+    """What the compiler's error is about; the error itself where that is all."""
+    return getattr(error, "inner_exception", None) or error.__cause__ or error
+
+
 def _told_of(error: Exception) -> str:
     """An error of the compiler, or what it wraps, in a line."""
-    cause = getattr(error, "inner_exception", error)
+    cause = _wrapped(error)
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
 

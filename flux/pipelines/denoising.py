@@ -222,8 +222,6 @@ def _going_on(parts: Iterable[Part[Flux1Spec, Flux1]], hooks: Hooks, *, tables: 
 
 def _shares(parts: Sequence[Part[Flux1Spec, Flux1]], limit: int | None, *, tables: bool) -> Sequence[int | None]:
     """What each of a run's transformers may take of what they may take together."""
-    if limit is None or len(parts) == 1:
-        return [limit] * len(parts)
     needs = []
     for part in parts:
         accounts, apart = part.residency.accounts, _apart(part, tables=tables)

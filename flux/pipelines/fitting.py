@@ -21,15 +21,16 @@ SHARES = tuple(tenths / 10 for tenths in range(9, 1, -1))  # of a picture's side
 GRID = PATCH * CELL  # pixels of a token's side
 
 
-def what_would_fit(planned: Sequence[Planned], job: Job, device: torch.device) -> str:
-    """A sentence on the largest picture of a job's aspect that has room in what is free now.
+def what_would_fit(planned: Sequence[Planned], job: Job, device: torch.device, free: int | None = None) -> str:
+    """A sentence on the largest picture of a job's aspect that has room in what is free.
 
     Args:
         planned: The run's parts; see ``planning.plan_run``.
         job: What was to be drawn.
         device: Where.
+        free: Bytes; those that are free now when None.
     """
-    free = available_bytes(device)
+    free = available_bytes(device) if free is None else free
     most = 0
     for share in SHARES:
         width, height = (max(GRID, int(share * side) // GRID * GRID) for side in (job.width, job.height))

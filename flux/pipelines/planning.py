@@ -48,7 +48,7 @@ ALONE = {ClipTextSpec: "clip", T5Spec: "t5", Flux1Spec: "transformer"}  # stages
 PROMPTED = frozenset(ALONE.values())  # stages that run for each prompt
 PACKED_PER_THREAD = 17 << 20  # bytes; ``benchmarks.planned`` found 33 to 39 MiB with two threads, in every case alike
 DECODED_PER_THREAD = 28 << 20  # bytes, of threads and tables that turn codes into numbers; likewise
-HEAP_SHARE, HEAP_MOST = 0.6, 72 << 20  # of activations, and bytes, that a CPU's heap has free between them; likewise
+HEAP_MOST = 72 << 20  # bytes that a CPU's heap has free between activations, and no more than those; likewise
 LARGE_STORED = 50 << 20  # bytes of weights, from which on matrices are large enough for that
 IN_STRIPS = {"decode": 2.0, "encode": 1.5}  # times the operations: what stands before norms is computed again
 PER_PIXEL = 4096  # bytes, more than an autoencoder or a step of a transformer takes: FLUX.1's takes 3072 in fp32
@@ -159,24 +159,31 @@ def grant_to(planned: Sequence[Planned], job: Job, policy: Policy, device: torch
         BudgetError: A budget is below what a stage can do with.
     """
     available = available_bytes(device)
-    if policy.name == KEEP or (policy.name == AUTO and _is_plenty(planned, job, available)):
+    is_alone = policy.name == KEEP and job.pictures == 1
+    if is_alone or (policy.name == AUTO and _is_plenty(planned, job, available)):
         return Grant()
     plan = plan_run(planned, job, policy, device=str(device), available=available)
     return Grant(
         {stage.name: stage.limit for stage in plan.stages},
         frozenset(stage.name for stage in plan.stages if stage.in_strips),
-        _together(planned, plan, job) > allowed(policy, plan.peak_bytes, available),
+        decodes_alone=not any(stage.beside for stage in plan.stages if stage.name == "decode"),
     )
 
 
-def _together(parts: Sequence[Planned], plan: RunPlan, job: Job) -> int:
-    """Bytes that decoding takes with the transformer's weights and tables beside it."""
+def _with_what_stays(parts: Sequence[Planned], plan: RunPlan, job: Job) -> RunPlan:
+    """A plan in which the transformer's weights and tables stay beside decoding, where another picture follows.
+
+    Where both are too much together, the transformer goes and comes again, and the plan is as it was.
+    """
     stages = {stage.name: stage for stage in plan.stages}
-    if not {"transformer", "decode"} <= set(stages):
-        return 0
+    if job.pictures == 1 or not {"transformer", "decode"} <= set(stages):
+        return plan
     own, transformer = stages["transformer"], next(part for part in parts if isinstance(part.spec, Flux1Spec))
-    beside = own.beside + transformer.stays(job) - transformer.further
-    return own.footprint.device_bytes + beside + stages["decode"].peak_bytes
+    stays = own.footprint.device_bytes + own.beside + transformer.stays(job) - transformer.further
+    decode = replace(stages["decode"], beside=stays)
+    if decode.peak_bytes > allowed(plan.policy, plan.peak_bytes, plan.available):
+        return plan
+    return replace(plan, stages=tuple(decode if stage.name == "decode" else stage for stage in plan.stages))
 
 
 def _is_plenty(parts: Sequence[Planned], job: Job, available: int) -> bool:
@@ -218,7 +225,7 @@ def plan_run(
     stages = [stage for own in found if not isinstance(own, BudgetError) for stage in own]
     order = {name: index for index, name in enumerate(STAGES)}
     stages.sort(key=lambda stage: order[stage.name.split()[0]])
-    return RunPlan(tuple(stages), policy, device, available, rates)
+    return _with_what_stays(parts, RunPlan(tuple(stages), policy, device, available, rates), job)
 
 
 def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = None, *, in_strips: bool = False) -> int:
@@ -332,7 +339,7 @@ def _planned_stages(
         dealt: Sequence[int | None] = limits
     else:
         limits = [weights_limit(policy, _together_needs(uses), available)] * len(uses)
-        dealt = _dealt(limits[0], needs)
+        dealt = shares(limits[0], [(need.least, need.whole) for need in needs])
     found = [use.weights(limit) for use, limit in zip(uses, dealt, strict=True)]
     all_stays = sum(weights.device_bytes + use.beside for weights, use in zip(found, uses, strict=True))
     stages = [_stage(use, name, job, weights, limit) for use, weights, limit in zip(uses, found, limits, strict=True)]
@@ -344,13 +351,6 @@ def _planned_stages(
         )
         for index, stage in enumerate(stages)
     ]
-
-
-def _dealt(limit: int | None, needs: Sequence[Needs]) -> Sequence[int | None]:
-    """What each of several modules' weights may take of what they may take together."""
-    if limit is None or len(needs) == 1:
-        return [limit] * len(needs)
-    return shares(limit, [(need.least, need.whole) for need in needs])
 
 
 def _planned_autoencoder(use: _Use, name: str, *, job: Job, policy: Policy, available: int) -> StagePlan:
@@ -390,7 +390,7 @@ def _library_bytes(part: Planned, made: Traced) -> int:
     """
     packing = PACKED_PER_THREAD * torch.get_num_threads() if part.accounts.stored_bytes() > LARGE_STORED else 0
     packing += DECODED_PER_THREAD * torch.get_num_threads() if packing and part.accounts.decodes else 0
-    return packing + min(int(HEAP_SHARE * made.peak), HEAP_MOST) if isinstance(part.spec, Flux1Spec) else packing
+    return packing + min(made.peak, HEAP_MOST) if isinstance(part.spec, Flux1Spec) else packing
 
 
 def _passes(name: str, job: Job) -> int:

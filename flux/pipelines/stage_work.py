@@ -49,6 +49,7 @@ class Job:
         styles: Further text tokens, of Redux.
         cached: Whether the transformer runs with a step cache.
         evaluations: Of the model in a schedule, where a solver makes more than one a step; 0 for as many as steps.
+        pictures: Such batches, one after the other.
     """
 
     width: int
@@ -62,6 +63,7 @@ class Job:
     styles: int = 0
     cached: bool = False
     evaluations: int = 0
+    pictures: int = 1
 
     @property
     def cells(self) -> tuple[int, int]:

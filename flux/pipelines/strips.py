@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import ExhaustedError
 from ..memory.exhaustion import is_exhausted
 from ..models.autoencoder import AttentionBlock, Autoencoder, Decoder, Downsample, Encoder, Middle, ResBlock, Upsample
 from ..ops.attention import attention
@@ -163,7 +164,8 @@ class Normed:
     def rows(self, first: int, last: int) -> Tensor:
         """See ``Map``."""
         given = self._source.rows(first, last)
-        return F.silu(torch.addcmul(self._shift, given.float(), self._scale), inplace=True).to(given.dtype)
+        normed = torch.addcmul(self._shift, given.float(), self._scale).to(given.dtype)  # rounded where one piece is
+        return F.silu(normed, inplace=True)
 
 
 class Sum:
@@ -309,34 +311,57 @@ class Striped:
         return decode_in_strips(self._autoencoder, latents)
 
 
-def in_strips_if_need(part: AnyPart | StripedPart, use: Callable[[AnyPart | StripedPart], Result]) -> Result:
-    """What a use of an autoencoder gives; in strips where memory runs out in one piece.
+def in_strips_if_need(
+    part: AnyPart | StripedPart,
+    use: Callable[[AnyPart | StripedPart], Result],
+    make_room: Callable[[], bool] | None = None,
+) -> Result:
+    """What a use of an autoencoder gives; with more room, and then in strips, where memory runs out.
 
     Args:
         part: The autoencoder; in strips already, or not.
         use: Called with it, and again with one in strips.
+        make_room: Lets go of what a later stage would use again; whether there was anything.
+
+    Raises:
+        ExhaustedError: Memory runs out in strips too.
     """
     try:
         return use(part)
     except Exception as error:
-        if isinstance(part, StripedPart) or not is_exhausted(error):
+        if not is_exhausted(error):
             raise
+        fault = error
     # Outside of the handler, which holds what the failed computation had made.
-    if isinstance(part, MeteredPart) and part.tell is not None:
-        done = f"{part.stage}d"
-        part.tell(f"memory ran out while the picture was {done} in one piece: it is {done} in strips")
-    return use(StripedPart(part))
+    fault.__traceback__ = None
+    metered = part.part if isinstance(part, StripedPart) else part
+    stage, tell = (metered.stage, metered.tell) if isinstance(metered, MeteredPart) else ("decode", None)
+    tell = tell or (lambda _: None)
+    if make_room is not None and make_room():
+        tell(f"memory ran out while the picture was {stage}d: the transformer makes room, and comes again afterwards")
+        return in_strips_if_need(part, use)
+    if isinstance(part, StripedPart):
+        raise ExhaustedError(
+            f"memory ran out though the picture was {stage}d in strips, which take least: ask for a smaller picture, "
+            "or free memory that others hold"
+        ) from fault
+    tell(f"memory ran out while the picture was {stage}d in one piece: it is {stage}d in strips")
+    return in_strips_if_need(StripedPart(part), use)
 
 
 class StripedPart:
-    """An autoencoder's part that lends it for use in strips."""
+    """An autoencoder's part that lends it for use in strips.
+
+    Attributes:
+        part: The part itself.
+    """
 
     def __init__(self, part: AnyPart) -> None:
         self.spec, self.path, self.device, self.dtype = part.spec, part.path, part.device, part.dtype
-        self._part = part
+        self.part = part
 
     @contextmanager
     def resident(self) -> Iterator[Striped]:
         """Have the weights in memory inside the block."""
-        with self._part.resident() as autoencoder:
+        with self.part.resident() as autoencoder:
             yield Striped(autoencoder)

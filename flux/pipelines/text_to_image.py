@@ -114,7 +114,14 @@ def _drawn(model: FluxModel, request: Request, plan: Settled, granted: Grant, ho
     given = _encoded(model, request, plan, hooks, granted)
     decoder = _autoencoder(model, hooks, granted, "decode")
     with ExitStack() as held:
-        velocity = None
+        velocity: Velocity | None = None
+
+        def make_room() -> bool:
+            nonlocal velocity
+            had, velocity = velocity is not None, None
+            held.close()
+            return had
+
         for index, seed in enumerate(plan.seeds):
             hooks.check()
             # 2. The transformer's weights and tables, once for all pictures where they have room beside decoding.
@@ -123,10 +130,9 @@ def _drawn(model: FluxModel, request: Request, plan: Settled, granted: Grant, ho
             # 3. Each picture: noise, steps, pixels.
             result, skipped = _sampled(velocity, model, request, plan, given, hooks, index)
             if granted.decodes_alone or index == len(plan.seeds) - 1:
-                held.close()  # decoding has the memory for itself
-                velocity = None
+                make_room()  # decoding has the memory for itself
             with _stage(hooks, "decoding"):
-                pixels = in_strips_if_need(decoder, functools.partial(decode, latents=result))[0]
+                pixels = in_strips_if_need(decoder, functools.partial(decode, latents=result), make_room)[0]
             if skipped is not None and hooks.tell is not None:
                 hooks.tell(skipped.sentence())
             yield Picture(pixels, seed, _settings(model, request, plan, seed, skipped))
@@ -232,6 +238,7 @@ def _job(request: Request, plan: Settled) -> Job:
         starts=request.image is not None or any(isinstance(g, FillInput | ControlInput) for g in request.inputs),
         evaluations=len(evaluation_sigmas(request.solver, plan.sigmas)) if len(plan.sigmas) > 1 else 0,
         cached=request.step_cache is not None,
+        pictures=len(plan.seeds),
     )
 
 

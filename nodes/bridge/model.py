@@ -34,13 +34,14 @@ from .compat import archive_dtypes, is_dynamic, patch, register_reload
 from .conditioning import check_channels, check_widths, sample_and_tell
 from .control_lora import control_slots, further_channels, takes_hole
 from .experts import EXPERT, Expert, expert_of
+from .giving_way import give_way
 from .norms import host_state
 from .noting import noted_sampling
 from .packed import PackedLinear, pack_layers, packed_state
 from .pictures import taken_by
 from .preflight import check_together, files_of
 from .references import VIEWS, ReferenceViews, as_bias, views_of
-from .residents import FoundryPatcher, Residents, give_way, residents_of, under_policy
+from .residents import FoundryPatcher, Residents, residents_of, under_policy
 from .transformer import AHEAD, WRAPPERS, HostFlux1, host_config, sample_with_table
 from .weights import HOSTS, HostLayers, Numbers, choose_numbers, open_weights
 
@@ -92,11 +93,11 @@ class FoundryFlux(comfy.model_base.Flux):
     def _packed_layers(self) -> Iterator[PackedLinear]:
         return (layer for layer in self.diffusion_model.modules() if isinstance(layer, PackedLinear))
 
-    def _apply_model(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _apply_model(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's step; repeated with fewer weights on the device where memory runs out in it."""
         while True:
             try:
-                out: Tensor = super()._apply_model(*args, **kwargs)
+                out: Tensor = super()._apply_model(x, *args, **kwargs)
             except Exception as error:
                 if not is_exhausted(error):
                     raise
@@ -105,7 +106,7 @@ class FoundryFlux(comfy.model_base.Flux):
                 return out
             # Outside of the handler, which holds what the failed step had made.
             fault.__traceback__ = None
-            give_way(self.current_patcher, fault)
+            give_way(self.current_patcher, fault, x.shape)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """The inputs of the denoiser for an entry of a CONDITIONING, made by the model that predicts it.

@@ -31,17 +31,14 @@ from ...flux.pipelines.plan_picture import spelled
 from ...flux.pipelines.planning import Job, working_bytes
 from ...flux.weights.packed import Packed
 from .packed import PackedLinear, PackedPatcher, PatchAtUse
-from .progress import say
 from .weights import Weights
 
-__all__ = ["FoundryPatcher", "Residents", "files_held", "give_way", "residents_of", "under_policy"]
+__all__ = ["FoundryPatcher", "Residents", "files_held", "residents_of", "under_policy"]
 
 logger = logging.getLogger(__name__)
 
 OWN = "fluxfoundry_residents"  # our attribute of a host's model
 ANY = Job(width=1024, height=1024)  # until it is known what is drawn
-SHARE_THAT_LEAVES = 0.5  # of the blocks that stay, each time that memory runs out
-MEGABYTE = 1 << 20
 EVERYTHING = 1e31  # bytes that the host may load of what we list
 
 
@@ -302,25 +299,6 @@ class FoundryPatcher(PackedPatcher):
                     f"{own.title}: {spelled(own.resident_bytes)} stay, {len(blocks.streamed)} of "
                     f"{len(blocks.kept)} blocks are streamed ({own.policy})"
                 )
-
-
-def give_way(patcher: Any, fault: Exception) -> None:
-    """Have about half of what stays of a model's blocks leave the device, after memory ran out in a step.
-
-    Args:
-        patcher: The MODEL that is sampled; another loader's, or one that the host manages itself, gives way as it can.
-        fault: What is raised where nothing can leave any more.
-    """
-    own = [one.footprint.blocks.resident_bytes for one in residents_of(patcher.model) if one.footprint is not None]
-    all_there_is = int(patcher.loaded_size())
-    half = int(SHARE_THAT_LEAVES * (sum(own) or all_there_is))
-    freed = 0
-    for asked in (half, all_there_is):
-        freed = freed or int(patcher.partially_unload(patcher.offload_device, asked) or 0)
-    comfy.model_management.soft_empty_cache()
-    if freed == 0 or (not own and freed < MEGABYTE):
-        raise fault
-    say(f"memory ran out in a step: {spelled(freed)} of the model's weights left the device, and the step is repeated")
 
 
 def _bring_bias(layer: nn.Module, device: torch.device) -> None:

@@ -130,6 +130,7 @@ class FoundryVAE(comfy.sd.VAE):
             MismatchError: The latents have another number of channels.
         """
         check_channels(samples_in, self.latent_channels, self.spec.name)
+        self._come(self.memory_used_decode(samples_in[:1].shape, self.vae_dtype))
         with noted_autoencoder(self, "decode", job_of_latent(samples_in)):
             made = [super(FoundryVAE, self).decode(own, *args, **kwargs) for own in samples_in.split(1)]
         return made[0] if len(made) == 1 else torch.cat(made)
@@ -137,9 +138,14 @@ class FoundryVAE(comfy.sd.VAE):
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """IMAGE to latents, likewise."""
         height, width = pixel_samples.shape[1:3]
+        self._come(self.memory_used_encode((1, self.output_channels, height, width), self.vae_dtype))
         with noted_autoencoder(self, "encode", Job(width=width, height=height, batch=len(pixel_samples), starts=True)):
             made = [super(FoundryVAE, self).encode(own) for own in pixel_samples.split(1)]
         return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _come(self, working: float) -> None:
+        """Have the weights there, and room: what the host takes back for that is no part of what is noted."""
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=working, force_full_load=True)
 
     def decode_tiled_(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the host does when memory ran out: strips, which leave no seams, in place of its tiles."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, UserError
+from ...ops.pieces import in_pieces
 from .header import TensorEntry
 from .leases import Lease
 from .stamps import FileStamp, stamp_of
@@ -193,7 +194,11 @@ class FileBytes:
         return buffer
 
     def _fill(self, target: Tensor, fd: int, start: int, what: str) -> None:
-        view, done = target.numpy().data, 0
+        view = target.numpy().data
+        in_pieces(len(view), lambda first, last: self._fill_piece(view[first:last], fd, start + first, what))
+
+    def _fill_piece(self, view: memoryview, fd: int, start: int, what: str) -> None:
+        done = 0
         try:
             while done < len(view):
                 count = _read_at(fd, view[done:], start + done)

@@ -55,3 +55,5 @@ def test_a_limit_is_dealt_out_by_what_is_lacking() -> None:
     assert sum(shares(140, [(10, 50), (10, 90)])) == 140
     assert shares(5, [(10, 50), (10, 90)]) == [10, 10]
     assert shares(100, [(10, 10), (20, 20)]) == [10, 20]
+    assert shares(100, [(10, 50)]) == [100]
+    assert shares(None, [(10, 50), (10, 90)]) == [None, None]

@@ -19,7 +19,7 @@ from flux.models.flux1 import Flux1
 from flux.models.text.clip import ClipText
 from flux.models.text.t5 import T5Encoder
 from flux.models.vision.siglip import SiglipVision
-from flux.pipelines import text_to_image
+from flux.pipelines import strips, text_to_image
 from flux.pipelines.denoising import Denoiser, Guidance, Hooks, denoise
 from flux.pipelines.fitting import what_would_fit
 from flux.pipelines.parts import open_transformer, open_vision
@@ -184,6 +184,45 @@ def test_the_transformer_makes_room_for_decoding_where_both_are_too_much(monkeyp
         assert int((one.pixels.int() - other.pixels.int()).abs().max()) <= 1
 
 
+def test_where_decoding_has_no_room_beside_the_transformer_it_makes_room_and_comes_again(monkeypatch):
+    request, told = Request(prompt="a red circle", steps=2, count=3, memory=read_policy("keep")), []
+    expected = generate(files.open_mini(), request)
+    model, real, beside = files.open_mini(), Autoencoder.decode, []
+
+    def decode(*given):
+        beside.append(model.transformer.residency.resident_bytes)
+        if beside[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(Autoencoder, "decode", decode)
+    drawn = generate(model, request, Hooks(warn=told.append))
+    assert [size > 0 for size in beside] == [True, False, True, False, False]
+    assert [sentence.split(":")[1] for sentence in told] == [
+        " the transformer makes room, and comes again afterwards"
+    ] * 2
+    assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(drawn, expected, strict=True))
+
+
+def failing_but_in_plans(real):
+    def call(module, given):
+        if given.is_meta:
+            return real(module, given)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return call
+
+
+@pytest.mark.parametrize("owner", ["decode", "encode"])
+def test_a_picture_that_fits_in_strips_neither_ends_with_what_would_have_fitted(monkeypatch, owner):
+    ways = (Autoencoder, owner), (strips, {"decode": "decode_in_strips", "encode": "moments_in_strips"}[owner])
+    for place, name in ways:
+        monkeypatch.setattr(place, name, failing_but_in_plans(getattr(place, name)))
+    request = Request(prompt="a red circle", steps=2, image=torch.rand(1, 3, 128, 128))
+    with pytest.raises(ExhaustedError, match=rf"{owner}d in strips.*would have fitted"):
+        generate(files.open_mini(), request)
+
+
 @pytest.mark.parametrize(
     ("error", "exhausted"),
     [
@@ -194,6 +233,7 @@ def test_the_transformer_makes_room_for_decoding_where_both_are_too_much(monkeyp
             True,
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("backend raised: CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("shapes cannot be multiplied"), False),
         (ValueError("can't allocate memory"), False),
     ],

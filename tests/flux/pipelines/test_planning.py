@@ -98,6 +98,16 @@ def test_auto_streams_only_what_does_not_fit(parts):
     assert tight.peak_bytes <= 12 * GIB
 
 
+@pytest.mark.parametrize(("policy", "free", "stays"), [("keep", 24, True), ("keep", 18, False), ("save", 24, False)])
+def test_where_another_picture_follows_decoding_counts_the_transformer_that_stays(parts, policy, free, stays):
+    alone, several = (plan(parts, policy, replace(SQUARE, pictures=count), free * GIB) for count in (1, 3))
+    assert (several.stage("decode").beside > 0) == stays
+    assert several.stage("transformer") == alone.stage("transformer")
+    weights = alone.stage("transformer").footprint.device_bytes
+    beside = several.stage("decode").peak_bytes - alone.stage("decode").peak_bytes
+    assert (weights < beside < 1.02 * weights) if stays else beside == 0  # with the table of modulations
+
+
 def test_a_budget_below_the_least_is_refused(parts):
     with pytest.raises(UserError, match=r"a budget of 1 GiB is below the least that this takes, \d\.\d+ GiB"):
         plan(parts, "1")

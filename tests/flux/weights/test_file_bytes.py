@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flux.errors import FileError, UserError
+from flux.ops.pieces import SMALLEST, by_several
 from flux.weights.readers import file_bytes
 from flux.weights.readers.file_bytes import ENVIRONMENT, FileBytes, faster_way
 from flux.weights.readers.stamps import stamp_of
@@ -185,6 +186,15 @@ def test_bytes_are_read_into_memory_of_the_callers_and_nothing_is_mapped(path):
     assert not memory[:8].any()
     assert not memory[264:].any()
     assert file._map is None
+
+
+def test_several_threads_read_the_same_bytes(tmp_path):
+    wanted = torch.randint(0, 256, (3 * SMALLEST + 77,), dtype=torch.uint8)
+    (tmp_path / "large").write_bytes(wanted.numpy().tobytes())
+    memory = torch.zeros(len(wanted) - 5, dtype=torch.uint8)
+    with by_several(3):
+        FileBytes(tmp_path / "large").read_into(memory, 5, "numbers")
+    assert torch.equal(memory, wanted[5:])
 
 
 def test_where_no_place_can_be_read_at_bytes_are_the_same(path, monkeypatch):

@@ -196,8 +196,8 @@ def runs_out(model):
         failing[0] = 1000
         try:
             step()
-        except torch.OutOfMemoryError:
-            report["gave_up"] = True
+        except torch.OutOfMemoryError as error:
+            report["gave_up"] = str(error)
         failing[0] = 0
         report["afterwards"] = torch.equal(step(), expected)
     finally:

@@ -1,0 +1,71 @@
+"""What is done where memory runs out in a step: weights leave the device, until none is left that could."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ...flux.adapters.channels import CELL
+from ...flux.errors import ExhaustedError, UserError
+from ...flux.memory.policy import SAVE, Policy
+from ...flux.pipelines.fitting import what_would_fit
+from ...flux.pipelines.plan_picture import spelled
+from ...flux.pipelines.planning import Job
+from .planning import planned_model, reachable, transformers_of
+from .progress import say
+from .residents import residents_of
+
+__all__ = ["HostExhaustedError", "give_way"]
+
+SHARE_THAT_LEAVES = 0.5  # of what stays, each time that memory runs out
+LEAST = 1 << 20  # bytes that a model which the host manages has to give back, for another try to be worth while
+
+
+class HostExhaustedError(ExhaustedError, torch.OutOfMemoryError):
+    """``ExhaustedError`` that the host takes for what it is too, and frees its memory after."""
+
+
+def give_way(patcher: Any, fault: Exception, shape: Sequence[int]) -> None:
+    """Have about half of what stays of a run's models leave the device, after memory ran out in a step.
+
+    Args:
+        patcher: The MODEL that is sampled, and with it FLUX Combine's.
+        fault: What ran out.
+        shape: Of the latents (B, C, h, w).
+
+    Raises:
+        HostExhaustedError: Nothing can leave any more.
+    """
+    models = transformers_of(patcher)
+    freed = sum(_half_leaves(own) for own in models)
+    comfy.model_management.soft_empty_cache()
+    if not freed:
+        raise HostExhaustedError(
+            f"memory ran out though no more weights can leave the device{_told(models, shape)}"
+        ) from fault
+    say(f"memory ran out in a step: {spelled(freed)} of the weights left the device, and the step is repeated")
+
+
+def _half_leaves(patcher: Any) -> int:
+    """Bytes that left; a model that the host manages itself gives way as it can."""
+    own = [one.footprint.blocks.resident_bytes for one in residents_of(patcher.model) if one.footprint is not None]
+    all_there_is = int(patcher.loaded_size())
+    half = int(SHARE_THAT_LEAVES * (sum(own) or all_there_is))
+    freed = 0
+    for asked in (half, all_there_is):
+        freed = freed or int(patcher.partially_unload(patcher.offload_device, asked) or 0)
+    return freed if own or freed >= LEAST else 0
+
+
+def _told(models: Sequence[Any], shape: Sequence[int]) -> str:
+    """What would have fitted, as the end of a sentence."""
+    device = models[0].load_device
+    job = Job(width=shape[-1] * CELL, height=shape[-2] * CELL, batch=shape[0])
+    try:
+        parts = [planned_model(own)(Policy(SAVE)) for own in models]
+    except UserError:  # not planned, as a model without a file
+        return ""
+    return f"; loaded with memory save, {what_would_fit(parts, job, device, reachable(device))}"
