@@ -31,6 +31,7 @@ from ...flux.pipelines.plan_picture import spelled
 from ...flux.pipelines.planning import Job, working_bytes
 from ...flux.weights.packed import Packed
 from .packed import PackedLinear, PackedPatcher, PatchAtUse
+from .progress import say
 from .weights import Weights
 
 __all__ = ["FoundryPatcher", "Residents", "files_held", "residents_of", "under_policy"]
