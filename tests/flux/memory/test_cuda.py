@@ -10,10 +10,11 @@ import torch
 from benchmarks import planned
 from benchmarks.planned import Case
 from benchmarks.random_weights import STORED, draw, open_random
-from flux.memory.lanes import CudaLane
+from flux.memory.lanes import CudaLane, Stages
 from flux.memory.streaming import Streamer, Unit
 from flux.ops.packed import Linear
 from flux.pipelines.denoising import Hooks, denoise
+from flux.pipelines.prompts import EncodedPrompt
 from flux.specs.flux1 import FLUX1
 from tests.guides import PROMPT, SIGMAS, noise
 from tests.tiny import TINY
@@ -23,6 +24,9 @@ pytestmark = pytest.mark.gpu
 DEEP = replace(TINY, name="deep", hidden=512, heads=4, double_blocks=3, single_blocks=6)
 WIDE = replace(FLUX1["flux1-dev"], name="wide", double_blocks=3, single_blocks=6)  # of real width
 LONG = 20_000_000  # cycles that a card is kept busy: some 10 ms
+PROMPT_OF_WIDE = EncodedPrompt(
+    torch.zeros(1, WIDE.t5_length, WIDE.context_width), torch.zeros(1, WIDE.pooled_width)
+)  # fmt: skip
 BLOCKS, PASSES = 5, 4
 WIDTH = 2048
 CASES = (
@@ -67,12 +71,20 @@ class Numbered:
         return None
 
 
-def test_a_busy_card_finds_every_block_s_own_weights(device):
+def no_pinned_memory(size):
+    raise RuntimeError(f"no {size} bytes of pinned memory, for a test")
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_busy_card_finds_every_block_s_own_weights(device, pinned):
     """The card is far behind: what is brought must wait until what runs has been through with its buffer."""
     with torch.device("meta"):
         layers = [Linear(WIDTH, WIDTH, bias=False) for _ in range(BLOCKS)]
     units = [Unit(place, ((layers[place], Numbered(place + 1)),)) for place in range(BLOCKS)]
-    streamer, given = Streamer(units, CudaLane(device)), []
+    lane, told, given = CudaLane(device), [], []
+    if not pinned:
+        lane._stages = Stages(CudaLane.STAGES, told.append, no_pinned_memory)
+    streamer = Streamer(units, lane)
     x = torch.ones(1, WIDTH, dtype=torch.bfloat16, device=device)
     with torch.inference_mode():
         for _ in range(PASSES):
@@ -81,8 +93,11 @@ def test_a_busy_card_finds_every_block_s_own_weights(device):
                 torch.cuda._sleep(LONG)
                 given.append(layers[place](x)[0, 0] / WIDTH)
                 streamer.after(place)
+    waited = streamer.waited
     streamer.close()
     assert torch.stack(given).tolist() == [float(place + 1) for place in range(BLOCKS)] * PASSES
+    assert 0 <= waited < 1
+    assert len(told) == (0 if pinned else 1)
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -108,9 +123,36 @@ def test_a_card_gives_what_a_cpu_gives(device):
 
 def test_nothing_is_allocated_while_a_run_samples(device):
     part, seen = open_random(DEEP, draw(DEEP, device), device, torch.bfloat16), []
-    told = Hooks(preview=lambda *_: seen.append(torch.cuda.memory_allocated(device)))
-    denoise(part, PROMPT, noise(), SIGMAS, guidance=3.0, limit=0, hooks=told)
+
+    def look(*_):
+        ring = part.residency._flow.streamer._buffers
+        taken = torch.cuda.memory_stats(device)
+        seen.append(
+            (torch.cuda.memory_allocated(device), taken["num_device_alloc"], *(buffer.data_ptr() for buffer in ring))
+        )
+
+    denoise(part, PROMPT, noise(), SIGMAS, guidance=3.0, limit=0, hooks=Hooks(preview=look))
     assert len(set(seen[1:])) == 1
+
+
+def test_a_run_that_has_too_little_goes_on_with_what_it_has(device, wide):
+    """A real failure of the allocator, for all that there may be is half of what the weights take."""
+
+    def run(told):
+        part = open_random(WIDE, wide["bf16"], device, torch.bfloat16)
+        return denoise(part, PROMPT_OF_WIDE, noise(), SIGMAS, guidance=3.0, hooks=Hooks(warn=told.append))
+
+    expected, told = run([]), []
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    some = sum(own.nbytes for own in wide["bf16"].values()) // 2 + torch.cuda.memory_allocated(device)
+    torch.cuda.set_per_process_memory_fraction(some / total, device)
+    try:
+        given = run(told)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert torch.equal(given, expected)
+    assert any("blocks are streamed" in sentence for sentence in told)
 
 
 @pytest.fixture(scope="module")
