@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...flux.adapters.channels import CELL
+from ...flux.errors import NumericError
 from ...flux.memory.metering import Meter, Several
 from ...flux.pipelines.parts import title_of
 from ...flux.pipelines.planning import Job
@@ -20,7 +21,7 @@ from .planning import further_tokens, planned_encoder, planned_model, planned_va
 from .residents import files_held, residents_of
 from .step_cache import has_step_cache
 
-__all__ = ["job_of_latent", "noted_autoencoder", "noted_encoder", "noted_sampling"]
+__all__ = ["check_step", "job_of_latent", "noted_autoencoder", "noted_encoder", "noted_sampling"]
 
 PROMPT = Job(width=16, height=16)  # what a text encoder does is the same for any picture
 
@@ -28,7 +29,7 @@ PROMPT = Job(width=16, height=16)  # what a text encoder does is the same for an
 def noted_sampling(
     executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *rest: Any
 ) -> Any:
-    """Wrapper of a sampling run, of any sampler node, that notes what it takes and each step."""
+    """Wrapper of a sampling run, of any sampler node, that notes what it takes and each step, and looks after it."""
     patcher = guider.model_patcher
     entries = [entry for entries in guider.conds.values() for entry in entries or ()]
     job = Job(
@@ -41,12 +42,31 @@ def noted_sampling(
     title, held = title_of(patcher.model.spec), files_held(own.model for own in together)
     with noted("transformer", title, patcher.load_device, weights, parts, job) as meter, held as check:
 
-        def after_step(*given: Any, **named: Any) -> Any:
+        def after_step(index: int, clean: Tensor, *given: Any) -> Any:
             meter.tick()
             check()
-            return None if callback is None else callback(*given, **named)
+            check_step(clean, index, job.steps)
+            return None if callback is None else callback(index, clean, *given)
 
         return executor(guider, sigmas, extra_args, after_step, noise, *rest)
+
+
+def check_step(latent: Tensor, index: int, steps: int) -> None:
+    """Refuse to go on from a step that went wrong.
+
+    Args:
+        latent: That it gave, or expects at the end.
+        index: Of the step, from 0.
+        steps: Of the run.
+
+    Raises:
+        NumericError: It is not finite.
+    """
+    if not bool(torch.isfinite(latent).all()):
+        raise NumericError(
+            f"step {index + 1} of {steps} gave numbers that are not finite; most often the weights are damaged or the "
+            "number format overflows: try dtype bf16 or fp32 in Load FLUX Model, or a fresh copy of the file"
+        )
 
 
 def _at_once(guider: Any) -> int:

@@ -14,7 +14,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...flux.errors import MismatchError, NumericError, UserError
+from ...flux.errors import MismatchError, UserError
 from ...flux.sampling.noise import SEEDS, check_seed, draw_noise
 from ...flux.sampling.packing import token_grid
 from ...flux.sampling.schedules import check_sigmas, flux1_mu, make_schedule, shorten
@@ -22,6 +22,7 @@ from ...flux.sampling.solvers import solver
 from .compat import fit_empty_latent, to_intermediate
 from .conditioning import check_conditioning, tell_of_regions, with_guidance
 from .model import spec_of
+from .noting import check_step
 from .preflight import MODEL, given_of
 from .progress import check_cancelled, preview_callback, say
 from .vae import LATENT_OWNER
@@ -168,11 +169,7 @@ def solve(
     steps = len(times) - 1
 
     def after_step(index: int, latent: Tensor, data: Tensor, _: float) -> None:
-        if not bool(torch.isfinite(latent).all()):
-            raise NumericError(
-                f"step {index + 1} of {steps} gave numbers that are not finite; most often the weights are damaged or "
-                "the number format overflows: try dtype bf16 or fp32 in Load FLUX Model, or a fresh copy of the file"
-            )
+        check_step(latent, index, steps)
         if callback is not None:
             callback({"i": index, "x": latent, "denoised": data, "sigma": sigmas[index], "sigma_hat": sigmas[index]})
 

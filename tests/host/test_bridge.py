@@ -158,11 +158,12 @@ def test_conditioning_of_another_family_is_refused_for_a_core_loaded_model(host:
     assert "width 2048" in failure(host, prompt)
 
 
-def test_numbers_that_are_not_finite_stop_the_run_at_their_step(host: Host) -> None:
+@pytest.mark.parametrize("sampler", [our_sampler, core_sampler])
+def test_numbers_that_are_not_finite_stop_the_run_at_their_step(host: Host, sampler: object) -> None:
     prompt = {
         **start(),
         "bad": node("ProbeModel", model=["load", 0], what="nan"),
-        "sample": our_sampler("bad", steps=5),
+        "sample": sampler("bad", steps=5),
     }
     message = failure(host, prompt)
     assert message.startswith("step 1 of 5 gave numbers that are not finite")
