@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.readme import TITLES
-from benchmarks.report import Report
+from benchmarks.report import Report, verdict
 
 SLOW = (
     "fidelity", "decoding", "prompts", "guided", "transformer", "batches", "streaming", "planned", "step_cache",
@@ -58,3 +58,9 @@ def test_the_figures_of_every_table_are_kept_for_programs_too(capsys, tables):
     for name in printed(capsys, "--write"):
         kept = json.loads((tables / f"{name}.json").read_text())
         assert kept == {"environment": benchmarks.environment(), "rows": [name]}
+
+
+def test_a_bar_that_is_missed_is_told_by_the_exit_code(capsys, monkeypatch):
+    monkeypatch.setattr(benchmarks.batches, "table", lambda: Report(f"| 4 | {verdict(holds=False)} |", {}))
+    assert benchmarks.main(["batches", "planned"]) == 1
+    assert capsys.readouterr().err == "a bar is missed in: batches\n"

@@ -57,6 +57,13 @@ def test_size_batch_steps_and_references_are_those_asked_for(flux):
     assert "encode" in stages
 
 
+def test_the_transformer_is_counted_beside_decoding_where_another_picture_follows(flux):
+    one, three = (planned(flux, "flux1-dev", *GPU, "--count", count)["stages"] for count in ("1", "3"))
+    assert one["decode"]["beside_bytes"] == 0
+    assert three["decode"]["beside_bytes"] > three["transformer"]["resident_bytes"]
+    assert planned(flux, "flux1-dev", *GPU, "--count", "3", "--policy", "6")["stages"]["decode"]["beside_bytes"] == 0
+
+
 def test_a_step_cache_is_planned_for(flux):
     plain, cached = (planned(flux, "flux1-dev", *GPU, *more)["peak_bytes"] for more in ((), ("--step-cache",)))
     assert cached > plain
@@ -148,6 +155,7 @@ def test_too_little_memory_is_said(flux):
         (["canny"], "canny is neither a known model, which `models` lists, nor a file"),
         (["flux1-dev", "--width", "0"], "width is 0; give 16 to 8192 pixels"),
         (["flux1-dev", "--batch", "0"], "batch is 0; give 1 or more"),
+        (["flux1-dev", "--count", "0"], "count is 0; give 1 or more"),
         (["flux1-dev", "--reference", "big"], "a reference's size is 'big'; give width and height"),
         (["flux1-dev", "flux1-schnell"], "2 transformers were given; give one"),
         (["flux1-dev", "--redux", "-1"], "redux is -1; give how many pictures"),
