@@ -99,6 +99,10 @@ class Accounts:
         """The most that one of some parameters takes while a layer unpacks it at use."""
         return max((self._unpacked(name) for name in names if name in self._movable), default=0)
 
+    def unpacked_together(self, names: Iterable[str]) -> int:
+        """What some parameters take that are unpacked at once."""
+        return sum(self._unpacked(name) for name in names if name in self._movable)
+
     def stored_bytes(self, without: Iterable[str] = ()) -> int:
         """What the parameters take in the file, except those below some prefixes."""
         apart = below(without)

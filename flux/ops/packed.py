@@ -8,6 +8,8 @@ A linear layer may have side branches, which add to what it puts out and leave i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from .linear import linear
 
-__all__ = ["Embedding", "Linear", "PackedWeight", "SideBranch", "takes_packed"]
+__all__ = ["Embedding", "Linear", "PackedWeight", "SideBranch", "takes_packed", "unpacked"]
 
 
 class PackedWeight(Protocol):
@@ -129,3 +131,46 @@ class Embedding(nn.Embedding):
 def takes_packed(layer: Any) -> bool:
     """Whether a layer can use a packed weight."""
     return isinstance(layer, (Linear, Embedding))
+
+
+@contextmanager
+def unpacked(layers: Iterable[Linear], dtype: torch.dtype) -> Iterator[None]:
+    """Have packed weights unpacked inside the block, once for all uses.
+
+    Args:
+        layers: Those with numbers stay as they are.
+        dtype: Of what they will be given.
+    """
+    before = [(layer, layer.packed) for layer in layers if layer.packed is not None]
+    try:
+        for layer, packed in before:
+            layer.packed = _Unpacked(packed.numbers(dtype))
+        yield
+    finally:
+        for layer, packed in before:
+            layer.packed = packed
+
+
+@dataclass(frozen=True, eq=False)
+class _Unpacked:
+    """Numbers in the place of a packed weight; see ``PackedWeight``."""
+
+    tensor: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        return self.tensor.to(dtype)
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.tensor[places].to(dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        del x, bias
+        return None

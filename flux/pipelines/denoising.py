@@ -28,6 +28,7 @@ from ..sampling.solvers import OnStep, evaluation_sigmas, solver
 from ..specs.flux1 import Flux1Spec
 from .denoiser import Denoiser, Engine, Guidance, prepare_together
 from .hooks import Hooks
+from .one_by_one import pictures_one_by_one
 from .parts import Part, title_of
 from .prompts import EncodedPrompt
 from .step_cache import CachedSteps
@@ -133,6 +134,9 @@ def prepared(
         engines = _engines(held, part, guided, predictions, hooks, attention, tables=tables, limit=limit)
         if compiled:
             _compile(held, engines.values(), hooks)
+        elif part.device.type == "cpu":
+            for module in dict.fromkeys(engine.part.module for engine in engines.values()):
+                held.enter_context(pictures_one_by_one(module))
         going_on = _going_on(dict.fromkeys(engine.part for engine in engines.values()), hooks, tables=tables)
         flows = []
         for prediction in predictions:

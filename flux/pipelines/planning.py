@@ -27,6 +27,7 @@ from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
 from ..weights.formats.floats import BF16
 from .modules import block_names, parameter_shapes
+from .one_by_one import HELD
 from .parts import BoundPart, Part, packs_on, title_of, widens_at_use
 from .stage_work import Job, cache_bytes, comes_once, module_of, table_bytes, work
 
@@ -68,6 +69,7 @@ class Planned:
         further: Bytes that stay with its weights: of control LoRAs.
         predictions: How many a transformer makes in a step for each prompt, on the average of the schedule.
         flows: How many different ones there are.
+        one_by_one: Whether its blocks run for one picture after the other; see ``one_by_one``.
     """
 
     spec: Any
@@ -78,6 +80,7 @@ class Planned:
     further: int = 0
     predictions: float = 1.0
     flows: int = 1
+    one_by_one: bool = False
 
     def stays(self, job: Job) -> int:
         """Bytes that stay with its weights: tables of modulations, a step cache, and what is further."""
@@ -103,7 +106,8 @@ def planned_of_spec(spec: Any, dtype: torch.dtype, device: torch.device | None =
     sizes = {name: Size(count, (count * torch.bfloat16.itemsize,)) for name, count in counts.items()}
     packs = device is not None and widens_at_use(sum(counts.values()), {BF16.name}, device, dtype)
     blocks = block_names(module)
-    return Planned(spec, Accounts(module, sizes, item=dtype.itemsize, keeps_packed=packs, blocks=blocks), dtype)
+    accounts = Accounts(module, sizes, item=dtype.itemsize, keeps_packed=packs, blocks=blocks)
+    return Planned(spec, accounts, dtype, one_by_one=_one_by_one(spec, device))
 
 
 def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, available: int) -> Planned:
@@ -118,12 +122,19 @@ def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, 
     packs = packs_on(bound, device, dtype, available)
     blocks = block_names(bound.module)
     accounts = Accounts(bound.module, bound.bindings, item=dtype.itemsize, keeps_packed=packs, blocks=blocks)
-    return Planned(bound.recognised.spec, accounts, dtype)
+    spec = bound.recognised.spec
+    return Planned(spec, accounts, dtype, one_by_one=_one_by_one(spec, device))
 
 
 def planned_of_part(part: Part[Any, Any]) -> Planned:
     """A part that is opened."""
-    return Planned(part.spec, part.residency.accounts, part.dtype)
+    one_by_one = _one_by_one(part.spec, part.device)
+    return Planned(part.spec, part.residency.accounts, part.dtype, one_by_one=one_by_one)
+
+
+def _one_by_one(spec: Any, device: torch.device | None) -> bool:
+    """Whether pictures run one after the other in a part; see ``denoising.prepared``."""
+    return isinstance(spec, Flux1Spec) and device is not None and device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -305,13 +316,18 @@ def _use(part: Planned, name: str, job: Job, *, on_cpu: bool) -> _Use:
     apart, accounts = comes_once(part.spec) if part.apart is None else part.apart, part.accounts
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
-    unpacked, made = max(once, accounts.unpacked_bytes(accounts.packable)), work(part.spec, name, part.dtype, job)
-    inside = (name for block in accounts.blocks for name in accounts.names_in(block, apart))
+    made = work(part.spec, name, part.dtype, job, one_by_one=part.one_by_one)
+    blocks = {block: accounts.names_in(block, apart) for block in accounts.blocks}
+    held = [names for block, names in blocks.items() if block.startswith(HELD)]
+    held = held if part.one_by_one and job.batch > 1 else []
+    stay = [[name for name in names if name in accounts.packable] for names in held]
+    unpacked = max(once, accounts.unpacked_bytes(accounts.packable), *map(accounts.unpacked_together, stay))
+    inside = accounts.unpacked_bytes(name for names in blocks.values() for name in names)
     return _Use(
         part, apart, made,
         beside=part.stays(job),
         unpacked=unpacked,
-        streamed=max(unpacked, accounts.unpacked_bytes(inside)),
+        streamed=max(unpacked, inside, *map(accounts.unpacked_together, held)),
         packing=_library_bytes(part, made) if on_cpu else 0,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
 from .modules import build_of
+from .one_by_one import pictures_one_by_one
 from .step_cache import CachedSteps, StepCache
 from .strips import Striped
 
@@ -104,11 +106,14 @@ def module_of(spec: Any, dtype: torch.dtype) -> Any:
 
 
 @functools.lru_cache(256)
-def work(spec: Any, stage: str, dtype: torch.dtype, job: Job, *, in_strips: bool = False) -> Traced:
-    """What one pass of a stage makes."""
+def work(
+    spec: Any, stage: str, dtype: torch.dtype, job: Job, *, in_strips: bool = False, one_by_one: bool = False
+) -> Traced:
+    """What one pass of a stage makes; a transformer's blocks may run for one picture after the other."""
     module = module_of(spec, dtype)
     runs = Striped(module) if in_strips else module
-    return trace(module, functools.partial(WORK[type(spec)], runs, spec, stage, dtype, job))
+    with pictures_one_by_one(module) if one_by_one else nullcontext():
+        return trace(module, functools.partial(WORK[type(spec)], runs, spec, stage, dtype, job))
 
 
 def _run_transformer(module: Flux1, spec: Flux1Spec, stage: str, dtype: torch.dtype, job: Job) -> Callable[[], Tensor]:
