@@ -432,7 +432,7 @@ def denoising(bench: Bench) -> Found:
         if word in name and one in found
     ]
     what, one, most = RESIDENT_BAR
-    if one in found:
+    if one in found and bench.is_judged:
         bars.append(Bar(what, found[one].resident / GB, most))
     return Found(rows, bars, notes)
 

@@ -159,6 +159,11 @@ class Residency:
         return self._flow.ring_bytes + sum(self._bytes(name) for name in self._weights if name not in passing)
 
     @property
+    def streams(self) -> bool:
+        """Whether some of its blocks come and go."""
+        return bool(self._streamed)
+
+    @property
     def passed(self) -> Passed:
         """See the class."""
         return self._flow.passed

@@ -135,8 +135,8 @@ def prepared(
         if compiled:
             _compile(held, engines.values(), hooks)
         elif part.device.type == "cpu":
-            for module in dict.fromkeys(engine.part.module for engine in engines.values()):
-                held.enter_context(pictures_one_by_one(module))
+            for one in dict.fromkeys(engine.part for engine in engines.values()):
+                held.enter_context(pictures_one_by_one(one.module, partial(getattr, one.residency, "streams")))
         going_on = _going_on(dict.fromkeys(engine.part for engine in engines.values()), hooks, tables=tables)
         flows = []
         for prediction in predictions:

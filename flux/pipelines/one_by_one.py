@@ -1,28 +1,27 @@
 """Several pictures at once on a CPU: blocks run for one picture after the other.
 
 A CPU has no use for more rows in a product than one picture brings. What a block makes of one picture takes the memory
-of one, which the heap has ready and caches hold in part; and the weights of a single block, of which there are two, are
-unpacked once for all.
+of one, which the heap has ready and caches hold in part; and a block's weights are unpacked once for all, where memory
+is not short.
 
 Shapes: B batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.flux1 import DoubleBlock, Flux1, RotaryAttention, SingleBlock
+from ..models.flux1 import DoubleBlock, Flux1, ModulationLayer, RotaryAttention, SingleBlock
 from ..ops.packed import Linear, unpacked
 
-__all__ = ["HELD", "pictures_one_by_one"]
+__all__ = ["pictures_one_by_one"]
 
-HELD = "single_blocks."  # the prefix of the blocks whose weights are unpacked once for all pictures
 LOGITS = 4  # dimensions of attention's logits
 STREAMS: dict[type[nn.Module], int] = {DoubleBlock: 2, SingleBlock: 1}  # inputs that outputs are like, which come first
 BATCHED: dict[type[nn.Module], tuple[int, ...]] = {  # places of inputs with a batch dimension; the rotation has none
@@ -32,15 +31,16 @@ BATCHED: dict[type[nn.Module], tuple[int, ...]] = {  # places of inputs with a b
 
 
 @contextmanager
-def pictures_one_by_one(model: Flux1) -> Iterator[None]:
+def pictures_one_by_one(model: Flux1, is_short: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Have a model's blocks run for one picture after the other inside the block, where no gradients are asked for.
 
     Args:
         model: Of the engine's own layers.
+        is_short: Whether memory is, so that every use unpacks a matrix by itself.
     """
     blocks = [*model.double_blocks, *model.single_blocks]
     for block in blocks:
-        block.forward = partial(_run, block)  # an attribute of the object, so that its hooks run around it
+        block.forward = partial(_run, block, is_short)  # an attribute of the object, so that its hooks run around it
     try:
         yield
     finally:
@@ -48,23 +48,27 @@ def pictures_one_by_one(model: Flux1) -> Iterator[None]:
             del block.forward
 
 
-def _run(block: nn.Module, *given: Any) -> Any:
+def _run(block: nn.Module, is_short: Callable[[], bool], *given: Any) -> Any:
     """What a block's ``forward`` gives."""
     kind, (*tensors, attend) = type(block), given
     count = len(tensors[0])
     if count == 1 or torch.is_grad_enabled() or type(attend) is not RotaryAttention:
         return kind.forward(block, *given)
     outputs = [torch.empty_like(tensor) for tensor in tensors[: STREAMS[kind]]]
-    with ExitStack() as held:
-        if isinstance(block, SingleBlock):
-            layers = (layer for layer in (block.linear1, block.linear2) if isinstance(layer, Linear))
-            held.enter_context(unpacked(layers, tensors[0].dtype))
+    with nullcontext() if is_short() else unpacked(_layers(block), tensors[0].dtype):
         for index in range(count):
             own = [_of(tensor, index) if place in BATCHED[kind] else tensor for place, tensor in enumerate(tensors)]
             made = kind.forward(block, *own, RotaryAttention(_bias_of(attend.bias, index), attend.kernel))
             for output, part in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
                 output[index : index + 1] = part
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _layers(block: nn.Module) -> Iterator[Linear]:
+    """Those that run with every picture."""
+    for child in block.children():
+        if not isinstance(child, ModulationLayer):
+            yield from (layer for layer in child.modules() if isinstance(layer, Linear))
 
 
 def _of(tensor: Tensor, index: int) -> Tensor:

@@ -27,7 +27,6 @@ from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
 from ..weights.formats.floats import BF16
 from .modules import block_names, parameter_shapes
-from .one_by_one import HELD
 from .parts import BoundPart, Part, packs_on, title_of, widens_at_use
 from .stage_work import Job, cache_bytes, comes_once, module_of, table_bytes, work
 
@@ -289,7 +288,7 @@ class _Use:
         made: By one pass.
         beside: Bytes that stay with its weights: tables of modulations, a step cache, control LoRAs.
         unpacked: Bytes of a weight that is unpacked at use, where all stay.
-        streamed: The same where some are streamed; no less.
+        streamed: The same where some are streamed.
         packing: Bytes that libraries keep.
     """
 
@@ -308,7 +307,7 @@ class _Use:
     @property
     def needs(self) -> Needs:
         """What it can do with alone."""
-        working = self.made.peak + self.streamed + self.packing + self.beside
+        working = self.made.peak + max(self.unpacked, self.streamed) + self.packing + self.beside
         return Needs(self.weights().device_bytes, self.weights(0).device_bytes, working)
 
 
@@ -317,17 +316,16 @@ def _use(part: Planned, name: str, job: Job, *, on_cpu: bool) -> _Use:
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
     made = work(part.spec, name, part.dtype, job, one_by_one=part.one_by_one)
-    blocks = {block: accounts.names_in(block, apart) for block in accounts.blocks}
-    held = [names for block, names in blocks.items() if block.startswith(HELD)]
-    held = held if part.one_by_one and job.batch > 1 else []
-    stay = [[name for name in names if name in accounts.packable] for names in held]
-    unpacked = max(once, accounts.unpacked_bytes(accounts.packable), *map(accounts.unpacked_together, stay))
-    inside = accounts.unpacked_bytes(name for names in blocks.values() for name in names)
+    blocks = [accounts.names_in(block, apart) for block in accounts.blocks]
+    alone = max(once, accounts.unpacked_bytes(accounts.packable))
+    # Of several pictures that run one after the other a block's weights are unpacked together, where nothing streams.
+    held = blocks if part.one_by_one and job.batch > 1 else []
+    together = [accounts.unpacked_together(name for name in names if name in accounts.packable) for names in held]
     return _Use(
         part, apart, made,
         beside=part.stays(job),
-        unpacked=unpacked,
-        streamed=max(unpacked, inside, *map(accounts.unpacked_together, held)),
+        unpacked=max([alone, *together]),
+        streamed=max(alone, accounts.unpacked_bytes(name for names in blocks for name in names)),
         packing=_library_bytes(part, made) if on_cpu else 0,
     )  # fmt: skip
 

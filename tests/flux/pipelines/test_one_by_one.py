@@ -18,12 +18,14 @@ from flux.pipelines.planning import Job, plan_run, planned_of_spec
 from flux.pipelines.step_cache import CachedSteps, StepCache
 from flux.sampling.noise import draw_noise
 from flux.specs.flux1 import FLUX1
+from flux.weights.packed import Packed
 from tests.guides import CELLS, PROMPT, SIGMAS
 from tests.oracles import randomise, relative_error, rows
 from tests.tiny import TINY, write_tiny
 
 CPU = torch.device("cpu")
 COUNT = 3
+DEEP = replace(TINY, name="deep", double_blocks=3, single_blocks=8)
 GUIDES = {
     "nothing": (),
     "reference": (Reference(latents=rows(1, 16, 2, 4, seed=4)),),
@@ -36,7 +38,7 @@ def path(tmp_path_factory):
     def in_bf16(tensors):
         tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items() if tensor.ndim > 1}
 
-    return write_tiny(tmp_path_factory.mktemp("tiny"), change=in_bf16).transformer
+    return write_tiny(tmp_path_factory.mktemp("deep"), DEEP, in_bf16).transformer
 
 
 def velocities(path, keep="packed", guides=(), limit=None, cached=None):
@@ -90,17 +92,20 @@ def test_pictures_may_differ_in_everything_that_has_a_batch(monkeypatch, bias):
 
 
 @torch.inference_mode()
-def test_weights_of_a_single_block_are_unpacked_once(path, monkeypatch):
+@pytest.mark.parametrize(("limit", "times"), [(None, 1), (0, COUNT)])
+def test_weights_are_unpacked_once_where_nothing_is_streamed(path, monkeypatch, limit, times):
     part, unpackings = open_transformer(path, CPU, torch.float32, keep="packed"), []
-    with prepared(part, PROMPT, SIGMAS, guidance=3.0) as velocity:
-        layer = part.module.single_blocks[0].linear1
-        real = type(layer.packed).numbers
-        monkeypatch.setattr(
-            type(layer.packed), "numbers",
-            lambda own, dtype: (unpackings.append(own) if own is layer.packed else None) or real(own, dtype),
-        )  # fmt: skip
+    with prepared(part, PROMPT, SIGMAS, guidance=3.0, limit=limit) as velocity:
+        layer, real = part.module.single_blocks[0].linear1, Packed.numbers
+
+        def numbers(own, dtype):
+            unpackings.extend([own] if own is layer.packed else [])
+            return real(own, dtype)
+
+        monkeypatch.setattr(Packed, "numbers", numbers)
+        assert part.residency.streams == (limit == 0)
         velocity(draw_noise((16, *CELLS), range(COUNT)), SIGMAS[0])
-    assert len(unpackings) == 1
+    assert len(unpackings) == times
 
 
 def fail(is_as_it_should_be):
@@ -128,7 +133,8 @@ def test_a_plan_has_the_activations_of_one_picture_and_both_matrices():
     )
     assert four.activations < 2 * one.activations
     if planned.accounts.packable:  # not where a CPU multiplies what is stored
-        assert four.workspace - one.workspace == 4 * spec.hidden * (spec.hidden + spec.mlp_width)
+        squares = 24 - 7  # of a double block's matrices, beyond those of the largest one of all
+        assert four.workspace - one.workspace == 4 * squares * spec.hidden**2
     on_a_card = replace(planned, one_by_one=False)
     [batched] = plan_run([on_a_card], jobs[1], Policy("keep"), device="cuda", available=1 << 40).stages
     assert batched.activations > 3 * one.activations
