@@ -326,7 +326,7 @@ def test_a_step_that_memory_runs_out_in_is_repeated_with_fewer_blocks_in_it(host
     report = host.succeed({**load(memory=policy), "out": node("ProbeRunsOut", model=["model", 0])}).report()
     assert report["equal"]
     assert report["streamed_after"] > report["streamed_before"]
-    assert "no more weights can leave the device; loaded with memory save, 64x64 would have fitted" in report["gave_up"]
+    assert "no more weights can leave the device; loaded with memory save, 48x48 would have fitted" in report["gave_up"]
     assert report["afterwards"]
 
 

@@ -57,7 +57,7 @@ def test_pictures_of_the_embedded_autoencoder_are_the_same(embedded, batch, heig
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("low")
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 100), (torch.bfloat16, 38)])
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 100), (torch.bfloat16, 50)])
 def test_so_are_those_of_random_weights(dtype, least):
     torch.manual_seed(3)
     autoencoder = Autoencoder(SMALL).to(dtype)
