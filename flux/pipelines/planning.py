@@ -315,7 +315,7 @@ def _use(part: Planned, name: str, job: Job, *, on_cpu: bool) -> _Use:
     apart, accounts = comes_once(part.spec) if part.apart is None else part.apart, part.accounts
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
-    made = work(part.spec, name, part.dtype, job, one_by_one=part.one_by_one)
+    made = work(part.spec, name, part.dtype, replace(job, pictures=1), one_by_one=part.one_by_one)
     blocks = [accounts.names_in(block, apart) for block in accounts.blocks]
     alone = max(once, accounts.unpacked_bytes(accounts.packable))
     # Of several pictures that run one after the other a block's weights are unpacked together, where nothing streams.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ class FoundryVAE(comfy.sd.VAE):
 
     def _come(self, working: float) -> None:
         """Have the weights there, and room: what the host takes back for that is no part of what is noted."""
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=working, force_full_load=True)
+        with suppress(comfy.model_management.OOM_EXCEPTION):  # then the host tries again, and knows what to do
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=working, force_full_load=True)
 
     def decode_tiled_(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the host does when memory ran out: strips, which leave no seams, in place of its tiles."""
