@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["drop_spare", "empty", "in_large_pages"]
+__all__ = ["ALIGNMENT", "Lender", "drop_spare", "empty", "in_large_pages", "into"]
 
 Block = npt.NDArray[np.uint8]
 
 HUGE_PAGES = 1 << 22  # bytes from which NumPy asks Linux for huge pages; smaller memory is torch's own
 ALIGNMENT = 64  # bytes; where torch puts its own tensors
 MOST_WASTE = 8  # times as large as asked for that a block may be: as FLUX.1's largest matrix to one of its smaller ones
-LARGEST_SPARE = 1 << 29  # bytes that are kept at most; FLUX.1's largest matrix takes half of it in fp32
+LARGEST_SPARE = (
+    1 << 30
+)  # bytes that are kept at most; a double block's matrices of FLUX.1 take nearly all of it in fp32
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -34,10 +38,25 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         dtype: Their type.
         device: Where; only on a CPU is it lent.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_PAGES:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return _tensor_in(_Lent.of(_spare.take(size + ALIGNMENT)), shape, dtype)
+    place: Tensor | None = getattr(_wanted, "place", None)
+    if place is not None and (place.numel(), place.dtype, place.device) == (math.prod(shape), dtype, device):
+        _wanted.place = None
+        return place.view(shape)
+    return _lender.empty(shape, dtype, device)
+
+
+@contextmanager
+def into(place: Tensor) -> Iterator[None]:
+    """Have the next ``empty`` of this thread that asks for as much of the same type give ``place`` inside the block.
+
+    Args:
+        place: Memory of any shape.
+    """
+    _wanted.place = place
+    try:
+        yield
+    finally:
+        _wanted.place = None
 
 
 def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -52,12 +71,12 @@ def _tensor_in(block: Block, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
 
 
 def drop_spare() -> None:
-    """Let go of the memory that is kept for the next taker."""
-    _spare.drop()
+    """Let go of the memory that is kept for the next taker of weights."""
+    _lender.drop()
 
 
-class _Spare:
-    """The one block that is not lent.
+class Lender:
+    """Lends memory, and keeps the largest block that came back for the next taker.
 
     Blocks come back when objects are destroyed, which may be in the middle of any line of this class: whoever has the
     lock then takes in what came back meanwhile.
@@ -67,6 +86,13 @@ class _Spare:
         self._lock = threading.Lock()
         self._block: Block | None = None
         self._back: deque[Block] = deque()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for numbers, with whatever stands in it. What is small or not on a CPU is torch's own."""
+        size = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or size < HUGE_PAGES:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return _tensor_in(_Lent.of(self.take(size + ALIGNMENT), self), shape, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +125,7 @@ class _Spare:
                 self._lock.release()
 
     def drop(self) -> None:
+        """Let go of what is kept."""
         with self._lock:
             self._back.clear()
             self._block = None
@@ -111,20 +138,22 @@ class _Spare:
                 self._block = block
 
 
-_spare = _Spare()
+_lender = Lender()
+_wanted = threading.local()
 
 
 class _Lent(np.ndarray[Any, np.dtype[np.uint8]]):
     """A block on loan, which goes back when the tensor that was made of it is gone, and all views of it."""
 
-    _block: Block | None = None
+    _of: tuple[Lender, Block] | None = None
 
     @classmethod
-    def of(cls, block: Block) -> _Lent:
+    def of(cls, block: Block, lender: Lender) -> _Lent:
         lent = block.view(cls)
-        lent._block = block
+        lent._of = lender, block
         return lent
 
     def __del__(self) -> None:
-        if self._block is not None:
-            _spare.give(self._block)
+        if self._of is not None:
+            lender, block = self._of
+            lender.give(block)

@@ -8,7 +8,7 @@ A linear layer may have side branches, which add to what it puts out and leave i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .host_memory import ALIGNMENT, empty, into
 from .linear import linear
 
 __all__ = ["Embedding", "Linear", "PackedWeight", "SideBranch", "takes_packed", "unpacked"]
@@ -143,12 +144,23 @@ def unpacked(layers: Iterable[Linear], dtype: torch.dtype) -> Iterator[None]:
     """
     before = [(layer, layer.packed) for layer in layers if layer.packed is not None]
     try:
-        for layer, packed in before:
-            layer.packed = _Unpacked(packed.numbers(dtype))
+        for (layer, packed), place in zip(before, _side_by_side(before, dtype), strict=True):
+            with into(place):
+                layer.packed = _Unpacked(packed.numbers(dtype))
         yield
     finally:
         for layer, packed in before:
             layer.packed = packed
+
+
+def _side_by_side(weights: Sequence[tuple[Linear, PackedWeight]], dtype: torch.dtype) -> Iterator[Tensor]:
+    """A place for each weight's numbers, in memory that is lent, and comes back, as a whole."""
+    counts = [layer.out_features * layer.in_features for layer, _ in weights]
+    sizes = [-(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT for count in counts]
+    if weights:
+        whole = empty((sum(sizes),), torch.uint8, weights[0][1].device)
+        for count, place in zip(counts, torch.split(whole, sizes), strict=True):
+            yield place[: count * dtype.itemsize].view(dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.flux1 import DoubleBlock, Flux1, ModulationLayer, RotaryAttention, SingleBlock
+from ..ops.host_memory import Lender, drop_spare
 from ..ops.packed import Linear, unpacked
 
 __all__ = ["pictures_one_by_one"]
@@ -38,23 +39,25 @@ def pictures_one_by_one(model: Flux1, is_short: Callable[[], bool] = lambda: Fal
         model: Of the engine's own layers.
         is_short: Whether memory is, so that every use unpacks a matrix by itself.
     """
-    blocks = [*model.double_blocks, *model.single_blocks]
+    blocks, lender = [*model.double_blocks, *model.single_blocks], Lender()  # a block's inputs come back for the next's
     for block in blocks:
-        block.forward = partial(_run, block, is_short)  # an attribute of the object, so that its hooks run around it
+        # An attribute of the object, so that its hooks run around it.
+        block.forward = partial(_run, block, lender, is_short)
     try:
         yield
     finally:
         for block in blocks:
             del block.forward
+        drop_spare()  # that of a whole block, which no single matrix of it would take
 
 
-def _run(block: nn.Module, is_short: Callable[[], bool], *given: Any) -> Any:
+def _run(block: nn.Module, lender: Lender, is_short: Callable[[], bool], *given: Any) -> Any:
     """What a block's ``forward`` gives."""
     kind, (*tensors, attend) = type(block), given
     count = len(tensors[0])
     if count == 1 or torch.is_grad_enabled() or type(attend) is not RotaryAttention:
         return kind.forward(block, *given)
-    outputs = [torch.empty_like(tensor) for tensor in tensors[: STREAMS[kind]]]
+    outputs = [lender.empty(tuple(own.shape), own.dtype, own.device) for own in tensors[: STREAMS[kind]]]
     with nullcontext() if is_short() else unpacked(_layers(block), tensors[0].dtype):
         for index in range(count):
             own = [_of(tensor, index) if place in BATCHED[kind] else tensor for place, tensor in enumerate(tensors)]

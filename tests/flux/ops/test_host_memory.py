@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 
 import pytest
 import torch
 
 from flux.ops import host_memory
-from flux.ops.host_memory import HUGE_PAGES, drop_spare, empty, in_large_pages
+from flux.ops.host_memory import HUGE_PAGES, Lender, drop_spare, empty, in_large_pages, into
 
 CPU = torch.device("cpu")
 LARGE = HUGE_PAGES // 4 * 3  # numbers of fp32
@@ -17,6 +18,7 @@ LARGE = HUGE_PAGES // 4 * 3  # numbers of fp32
 
 @pytest.fixture(autouse=True)
 def _nothing_spare():
+    gc.collect()
     drop_spare()
     yield
     drop_spare()
@@ -24,7 +26,7 @@ def _nothing_spare():
 
 def spare_bytes():
     gc.collect()
-    block = host_memory._spare._block
+    block = host_memory._lender._block
     return 0 if block is None else block.nbytes
 
 
@@ -96,10 +98,10 @@ def test_the_larger_of_two_is_kept_and_no_more_than_a_limit(monkeypatch):
 def test_memory_that_comes_back_while_the_lock_is_held_is_taken_in_later():
     """As when the garbage collector runs in the middle of ``take``: whoever waited there would wait for itself."""
     lent = empty((LARGE,), torch.float32, CPU)
-    with host_memory._spare._lock:
+    with host_memory._lender._lock:
         del lent
         gc.collect()
-    assert host_memory._spare.nbytes >= LARGE
+    assert host_memory._lender.nbytes >= LARGE
 
 
 def test_garbage_in_cycles_does_not_stop_a_thread_for_ever():
@@ -111,3 +113,37 @@ def test_garbage_in_cycles_does_not_stop_a_thread_for_ever():
             cycle.append(cycle)
     finally:
         gc.set_threshold(*before)
+
+
+def test_the_next_of_just_this_size_and_type_goes_into_a_place():
+    place = torch.empty(6)
+    with into(place):
+        others = [empty(shape, dtype, CPU) for shape, dtype in (((5,), torch.float32), ((6,), torch.bfloat16))]
+        taken = empty((2, 3), torch.float32, CPU)
+        again = empty((2, 3), torch.float32, CPU)
+    assert taken.data_ptr() == place.data_ptr()
+    assert taken.shape == (2, 3)
+    assert place.data_ptr() not in {other.data_ptr() for other in (*others, again)}
+    with into(place):
+        pass
+    assert empty((6,), torch.float32, CPU).data_ptr() != place.data_ptr()
+
+
+def test_other_threads_do_not_take_the_place():
+    place, found = torch.empty(6), []
+    with into(place):
+        thread = threading.Thread(target=lambda: found.append(empty((6,), torch.float32, CPU)))
+        thread.start()
+        thread.join()
+    assert found[0].data_ptr() != place.data_ptr()
+
+
+def test_every_lender_has_memory_of_its_own():
+    lender = Lender()
+    memory = lender.empty((LARGE,), torch.float32, CPU)
+    place = memory.data_ptr()
+    del memory
+    assert spare_bytes() == 0
+    assert lender.nbytes >= 4 * LARGE
+    assert lender.empty((LARGE,), torch.float32, CPU).data_ptr() == place
+    assert lender.empty((LARGE,), torch.float32, torch.device("meta")).is_meta

@@ -10,6 +10,8 @@ import torch
 from flux.adapters.guides import Reference, StyleTokens
 from flux.memory.policy import Policy
 from flux.models.flux1 import Flux1, RotaryAttention, SingleBlock
+from flux.ops import host_memory
+from flux.ops.host_memory import drop_spare
 from flux.ops.packed import Linear, unpacked
 from flux.pipelines.denoising import Guidance, prepared
 from flux.pipelines.one_by_one import pictures_one_by_one
@@ -18,7 +20,10 @@ from flux.pipelines.planning import Job, plan_run, planned_of_spec
 from flux.pipelines.step_cache import CachedSteps, StepCache
 from flux.sampling.noise import draw_noise
 from flux.specs.flux1 import FLUX1
-from flux.weights.packed import Packed
+from flux.weights.formats.base import DATA
+from flux.weights.formats.floats import BF16
+from flux.weights.packed import Packed, PackedPart
+from flux.weights.renames import Piece, Recipe
 from tests.guides import CELLS, PROMPT, SIGMAS
 from tests.oracles import randomise, relative_error, rows
 from tests.tiny import TINY, write_tiny
@@ -122,6 +127,29 @@ def test_a_layer_has_its_packed_weight_again_after_a_fault(path):
         with pytest.raises(ValueError, match="inside"), unpacked([layer], torch.float32):
             fail(torch.equal(layer.packed.numbers(torch.float32), packed.numbers(torch.float32)))
         assert layer.packed is packed
+
+
+@torch.inference_mode()
+def test_numbers_of_all_layers_lie_in_memory_that_comes_back_as_a_whole(monkeypatch):
+    """FLUX.1 has blocks of 0.9 GB in fp32; to be given that anew takes longer than unpacking it."""
+    monkeypatch.setattr(host_memory, "HUGE_PAGES", 1)
+    drop_spare()
+    weights = [rows(n, 20, seed=n).bfloat16() for n in (30, 7)]
+    layers = [Linear(20, len(weight)) for weight in weights]
+    for layer, weight in zip(layers, weights, strict=True):
+        part = PackedPart(BF16, tuple(weight.shape), {DATA: weight})
+        layer.packed = Packed(part.shape, Recipe((Piece("weight"),)), {"weight": part})
+    starts = []
+    for _ in range(2):
+        with unpacked(layers, torch.float32):
+            numbers = [layer.packed.numbers(torch.float32) for layer in layers]
+            for found, weight in zip(numbers, weights, strict=True):
+                assert torch.equal(found, weight.float())
+            starts.append([found.data_ptr() for found in numbers])
+            del numbers, found
+    assert starts[0] == starts[1]
+    assert 0 <= starts[0][1] - starts[0][0] - 30 * 20 * 4 < host_memory.ALIGNMENT
+    drop_spare()
 
 
 def test_a_plan_has_the_activations_of_one_picture_and_both_matrices():
