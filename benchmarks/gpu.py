@@ -77,6 +77,7 @@ class Size:
         spec: Of the transformer.
         side: Of pictures, pixels.
         sides: Of those in the table of sizes.
+        graphed_side: Of a small picture, for which launching kernels counts most.
         batches: Pictures at once.
         steps: Of a run.
         cases: Of which plans are compared with what is taken.
@@ -86,6 +87,7 @@ class Size:
     spec: Flux1Spec
     side: int
     sides: tuple[int, ...]
+    graphed_side: int
     batches: tuple[int, ...]
     steps: int
     cases: tuple[planned.Case, ...]
@@ -94,7 +96,8 @@ class Size:
 
 SIZES = {
     "real": Size(
-        spec=FLUX1["flux1-dev"], side=1024, sides=(512, 768, 1024, 1536, 2048), batches=(1, 2, 4, 8), steps=28,
+        spec=FLUX1["flux1-dev"], side=1024, sides=(512, 768, 1024, 1536, 2048), graphed_side=256,
+        batches=(1, 2, 4, 8), steps=28,
         cases=tuple(
             replace(case, policy=PLANNED_BUDGET) if case.policy[0].isdigit() else case
             for case in planned.CASES
@@ -107,7 +110,7 @@ SIZES = {
     ),
     "tiny": Size(
         spec=replace(FLUX1["flux1-mini"], name="tiny", title="a tiny FLUX.1", double_blocks=2, single_blocks=4),
-        side=64, sides=(32, 64), batches=(1, 2), steps=2,
+        side=64, sides=(32, 64), graphed_side=32, batches=(1, 2), steps=2,
         cases=(planned.Case(64), planned.Case(64, stored="fp8", policy="save")),
         pictures=(planned.Case(64, stage="decode"),),
     ),
@@ -564,6 +567,47 @@ def sizes(bench: Bench) -> Found:
     return Found(list(_cases(bench, [(side, 1) for side in bench.size.sides])))
 
 
+def graphs(bench: Bench) -> Found:
+    """A pass as its kernels are launched one by one, and as a CUDA graph that was recorded: whether graphs would pay.
+
+    Only the model's own pass: no look at what it gives, and nothing is streamed.
+    """
+    part, found = bench.part(), Found()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls.append((given, named))
+
+    with ready(bench, part) as run, torch.inference_mode():
+        for side in (bench.size.graphed_side, bench.size.side):
+            noted = part.module.register_forward_pre_hook(note, with_kwargs=True)
+            run.velocity(bench.noise(side).to(bench.device), bench.sigmas()[0])
+            noted.remove()
+            given, named = calls[-1]
+            one_pass = partial(part.module, *given, **named)
+            launched = bench.median(one_pass)
+            replayed = bench.median(_recorded(bench, one_pass))
+            found.rows.append({
+                "picture": f"{side}²", "a pass": launched, "as a graph": replayed, "of it": replayed / launched,
+            })  # fmt: skip
+    return found
+
+
+def _recorded(bench: Bench, work: Callable[[], object]) -> Callable[[], object]:
+    """Some work as a graph; itself off a card."""
+    if bench.device.type != "cuda":
+        return work
+    aside = torch.cuda.Stream(bench.device)
+    aside.wait_stream(torch.cuda.current_stream(bench.device))
+    with torch.cuda.stream(aside):  # what libraries set up at first use cannot be recorded
+        work()
+    torch.cuda.current_stream(bench.device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 def plans(bench: Bench) -> Found:
     """What was planned beside what was taken."""
     planned.warm_up(bench.device)
@@ -619,9 +663,13 @@ SECTIONS = (
     Section("batches", "Several pictures at once", 30, batches),
     Section("sizes", "From small to large", 30, sizes),
     Section("plans", "Plans beside what runs take", 60, plans),
+    Section("graphs", "Whether CUDA graphs would pay", 20, graphs),
 )
 BYTES = {"resident", "peak", "planned", "taken", "streamed"}
-SECONDS = {"seconds", "of which once a prompt", "a step", "a picture", "bringing alone", "a step at that rate"}
+SECONDS = {
+    "seconds", "of which once a prompt", "a step", "a picture", "a pass",
+    "as a graph", "bringing alone", "a step at that rate",
+}  # fmt: skip
 SHARES_OF = {"of the bf16 roofline", "off"}
 
 

@@ -30,6 +30,7 @@ from ..models.flux1 import DoubleBlock, Flux1, HeadNorm, RotaryAttention, Single
 from ..models.positions import apply_rope
 from ..ops.layers import Layers, on_meta
 from ..specs.flux1 import Flux1Spec
+from .forwards import run_by
 
 __all__ = ["INDUCTOR", "Backend", "compiled_blocks"]
 
@@ -62,17 +63,8 @@ def compiled_blocks(
     """
     runner = _Runner(model.spec, dynamic=dynamic, backend=backend or INDUCTOR, tell=tell)
     blocks = [*model.double_blocks, *model.single_blocks]
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = partial(runner, block)  # an attribute of the object, so that its hooks run around it
-    try:
+    with run_by(blocks, lambda block, _: partial(runner, block)):
         yield
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is None:
-                del block.forward
-            else:
-                block.forward = own
 
 
 class _Runner:

@@ -134,7 +134,7 @@ def prepared(
         engines = _engines(held, part, guided, predictions, hooks, attention, tables=tables, limit=limit)
         if compiled:
             _compile(held, engines.values(), hooks)
-        elif part.device.type == "cpu":
+        if part.device.type == "cpu":  # around what is compiled, so that it is for one picture, however many come
             for one in dict.fromkeys(engine.part for engine in engines.values()):
                 held.enter_context(pictures_one_by_one(one.module, partial(getattr, one.residency, "streams")))
         going_on = _going_on(dict.fromkeys(engine.part for engine in engines.values()), hooks, tables=tables)

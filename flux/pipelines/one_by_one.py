@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..models.flux1 import DoubleBlock, Flux1, ModulationLayer, RotaryAttention, SingleBlock
 from ..ops.host_memory import Lender, drop_spare
 from ..ops.packed import Linear, unpacked
+from .forwards import Forward, run_by
 
 __all__ = ["pictures_one_by_one"]
 
@@ -39,29 +40,25 @@ def pictures_one_by_one(model: Flux1, is_short: Callable[[], bool] = lambda: Fal
         model: Of the engine's own layers.
         is_short: Whether memory is, so that every use unpacks a matrix by itself.
     """
-    blocks, lender = [*model.double_blocks, *model.single_blocks], Lender()  # a block's inputs come back for the next's
-    for block in blocks:
-        # An attribute of the object, so that its hooks run around it.
-        block.forward = partial(_run, block, lender, is_short)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-        drop_spare()  # that of a whole block, which no single matrix of it would take
+    lender = Lender()  # a block's inputs come back for the next one's outputs
+    with run_by((*model.double_blocks, *model.single_blocks), partial(partial, _run, lender, is_short)):
+        try:
+            yield
+        finally:
+            drop_spare()  # that of a whole block, which no single matrix of it would take
 
 
-def _run(block: nn.Module, lender: Lender, is_short: Callable[[], bool], *given: Any) -> Any:
+def _run(lender: Lender, is_short: Callable[[], bool], block: nn.Module, forward: Forward, *given: Any) -> Any:
     """What a block's ``forward`` gives."""
     kind, (*tensors, attend) = type(block), given
     count = len(tensors[0])
     if count == 1 or torch.is_grad_enabled() or type(attend) is not RotaryAttention:
-        return kind.forward(block, *given)
+        return forward(*given)
     outputs = [lender.empty(tuple(own.shape), own.dtype, own.device) for own in tensors[: STREAMS[kind]]]
     with nullcontext() if is_short() else unpacked(_layers(block), tensors[0].dtype):
         for index in range(count):
             own = [_of(tensor, index) if place in BATCHED[kind] else tensor for place, tensor in enumerate(tensors)]
-            made = kind.forward(block, *own, RotaryAttention(_bias_of(attend.bias, index), attend.kernel))
+            made = forward(*own, RotaryAttention(_bias_of(attend.bias, index), attend.kernel))
             for output, part in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
                 output[index : index + 1] = part
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

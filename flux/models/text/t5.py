@@ -42,8 +42,11 @@ class T5Encoder(nn.Module):
         return out
 
     def block_names(self) -> list[str]:
-        """Every layer's parameter prefix, in the order in which they run."""
-        return [f"encoder.block.{index}" for index in range(self.spec.layers)]
+        """The parameter prefixes of every layer's two parts, in the order in which they run.
+
+        Of T5-XXL's layers of 0.4 GB two would have to be in memory for one to come while the other one runs.
+        """
+        return [f"encoder.block.{index}.layer.{part}" for index in range(self.spec.layers) for part in range(2)]
 
 
 class Stack(nn.Module):
