@@ -139,20 +139,21 @@ class Bar:
 
     Attributes:
         what: It is.
-        value: That was measured.
+        value: That was measured; None where it could not be.
         most: That it may be.
     """
 
     what: str
-    value: float
+    value: float | None
     most: float
 
     @property
     def holds(self) -> bool:
-        return self.value <= self.most
+        return self.value is not None and self.value <= self.most
 
     def __str__(self) -> str:
-        return f"{self.what}: **{self.value:.3f}** (≤ {self.most:g}: {verdict(self.holds)})"
+        value = "not measured" if self.value is None else f"**{self.value:.3f}**"
+        return f"{self.what}: {value} (≤ {self.most:g}: {verdict(self.holds)})"
 
 
 @dataclass
@@ -424,19 +425,18 @@ def denoising(bench: Bench) -> Found:
         for name, own in found.items()
     ]
     bars = [
-        Bar(what, found[one].median / found[other].median, most)
+        Bar(what, found[one].median / found[other].median if {one, other} <= set(found) else None, most)
         for what, one, other, most in DENOISE_BARS
-        if one in found and other in found
     ]
     name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else ""
     bars += [
-        Bar(what, found[one].median, most)
+        Bar(what, found[one].median if one in found else None, most)
         for word, (what, one, most) in SECONDS_BARS.items()
-        if word in name and one in found
+        if word in name
     ]
     what, one, most = RESIDENT_BAR
-    if one in found and bench.is_judged:
-        bars.append(Bar(what, found[one].resident / GB, most))
+    if bench.is_judged:
+        bars.append(Bar(what, found[one].resident / GB if one in found else None, most))
     return Found(rows, bars, notes)
 
 
@@ -656,14 +656,14 @@ class Section:
     run: Callable[[Bench], Found]
 
 
-SECTIONS = (
-    Section("rates", "What the card does at most", 40, rates),
-    Section("denoising", "Denoising beside diffusers", 240, denoising),
+SECTIONS = (  # what bars are asked of comes first
+    Section("rates", "What the card does at most", 30, rates),
+    Section("denoising", "Denoising beside diffusers", 230, denoising),
+    Section("plans", "Plans beside what runs take", 80, plans),
     Section("budgets", "Room for fewer and fewer weights", 60, budgets),
     Section("batches", "Several pictures at once", 30, batches),
-    Section("sizes", "From small to large", 30, sizes),
-    Section("plans", "Plans beside what runs take", 60, plans),
     Section("graphs", "Whether CUDA graphs would pay", 20, graphs),
+    Section("sizes", "From small to large", 30, sizes),
 )
 BYTES = {"resident", "peak", "planned", "taken", "streamed"}
 SECONDS = {
@@ -723,26 +723,29 @@ def run_sections(
         sections: In the order in which they run.
 
     Returns:
-        The names of those that failed.
+        What is not as it should be: the names of those that failed and, where bars are asked, of those that were
+        skipped, and the bars that are missed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    texts, failed = [", ".join(value for value in told.values() if value)], []
+    texts, wrong = [", ".join(value for value in told.values() if value)], []
     for section in sections:
         record: dict[str, Any] = {"environment": dict(told)}
         start = time.monotonic()
         if watch.left < section.needs:
             text = f"Skipped: {watch.left:.0f} s were left, and it may take {section.needs:.0f}."
             record["skipped"] = text
+            wrong += [section.name] if bench.is_judged else []
         else:
             try:
                 found = section.run(bench)
             except Exception as error:  # noqa: BLE001 - the other sections are to be run all the same
-                failed.append(section.name)
+                wrong.append(section.name)
                 text, record["failed"] = f"Failed: {error}", traceback.format_exc()
             else:
                 text = table(found, bench.is_judged)
-                bars = [asdict(bar) for bar in found.bars] if bench.is_judged else []
-                record |= {"rows": found.rows, "bars": bars, "notes": found.notes}
+                bars = found.bars if bench.is_judged else []
+                record |= {"rows": found.rows, "bars": [asdict(bar) for bar in bars], "notes": found.notes}
+                wrong += [bar.what for bar in bars if not bar.holds]
         gc.collect()
         record["seconds"] = time.monotonic() - start
         texts.append(f"**{section.title}**\n\n{text}")
@@ -750,7 +753,7 @@ def run_sections(
         (out / "gpu.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
         sys.stdout.write(f"## {section.title} ({record['seconds']:.0f} s)\n\n{text}\n\n")
         sys.stdout.flush()
-    return failed
+    return wrong
 
 
 def end_in_time(seconds: float) -> threading.Timer:
@@ -794,9 +797,11 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(device, SIZES[options.size], options.repeats)
     chosen = [section for section in SECTIONS if options.only is None or section.name in options.only]
     out = TABLES if options.write else options.out
-    failed = run_sections(bench, environment(bench, options.size), watch, out, chosen)
+    wrong = run_sections(bench, environment(bench, options.size), watch, out, chosen)
     timer.cancel()
-    return 1 if failed else 0
+    if wrong:
+        sys.stdout.write(f"Not as it should be: {', '.join(wrong)}.\n")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

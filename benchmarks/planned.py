@@ -89,9 +89,10 @@ CASES = (
 )  # fmt: skip
 OTHERS = (
     Case(512, stage="decode"), Case(768, stage="decode"), Case(1024, stage="decode", policy="save"),
+    Case(2048, stage="decode", policy="save"),
     Case(512, stage="encode"), Case(768, stage="encode", policy="save"), Case(512, stage="vision"),
     Case(512, stage="vision", policy="save"), Case(512, stage="t5", stored="fp8"),
-    Case(512, stage="t5", stored="fp8", policy="save"),
+    Case(512, stage="t5", stored="fp8", policy="save"), Case(512, stage="t5", policy="save"),
 )  # fmt: skip
 
 

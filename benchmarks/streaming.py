@@ -27,7 +27,7 @@ from flux.sampling.noise import draw_noise
 from .engines import PATCH
 from .machine import processor
 from .random_files import write_random
-from .report import Report
+from .report import Report, verdict
 from .transformer import COLUMNS, GUIDANCE, MIDDLE, ROWS, TEXT_TOKENS, make_inputs
 
 __all__ = ["main", "table"]
@@ -90,10 +90,10 @@ def table(repeats: int = REPEATS) -> Report:
         (
             f"Hidden {MIDDLE.hidden}, {MIDDLE.double_blocks} + {MIDDLE.single_blocks} blocks stored in bf16, "
             f"{ROWS * COLUMNS} + {TEXT_TOKENS} tokens in fp32, {processor()}, {torch.get_num_threads()} threads; "
-            f"median of {repeats}; the outputs are {'equal to the bit' if same else 'NOT EQUAL'}.",
+            f"median of {repeats}; that the outputs are equal to the bit: {verdict(same)}.",
             "",
-            "| room for | blocks streamed | weights in memory | step | ratio | bar |",
-            "|---|---|---|---|---|---|",
+            "| room for | blocks streamed | weights in memory | step | ratio | bar | |",
+            "|---|---|---|---|---|---|---|",
             *map(_row, rows),
         )
     )
@@ -112,7 +112,7 @@ def _timed(runs: Mapping[float, Run], repeats: int) -> dict[float, float]:
 
 
 def _row(one: Mapping[str, Any]) -> str:
-    bar = "" if one["bar"] is None else f"≤ {one['bar']:.2f}"
+    bar = " | " if one["bar"] is None else f"≤ {one['bar']:.2f} | {verdict(one['ratio'] <= one['bar'])}"
     return (
         f"| {100 * one['share']:.0f} % | {one['blocks_streamed']} | {one['bytes'] / MIB:.0f} MiB "
         f"| {one['seconds']:.2f} s | {one['ratio']:.3f} | {bar} |"

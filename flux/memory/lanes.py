@@ -1,7 +1,8 @@
 """How bytes get from a file into a buffer on a device, and when they are there.
 
-On a CPU they are read into the buffer itself. On a GPU a reader thread reads them into pinned memory, from where they
-travel on a stream of their own; events, not waiting, keep that stream and the one that computes apart.
+On a CPU they are read into the buffer itself. On an NVIDIA or AMD GPU a reader thread reads them into pinned memory,
+from where they travel on a stream of their own; events, not waiting, keep that stream and the one that computes apart.
+On other devices they are read into memory of the host and copied in the device's only queue.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..ops.pieces import by_several
 
-__all__ = ["Arrival", "CpuLane", "CudaLane", "Departure", "Lane", "Mark", "lane_for"]
+__all__ = ["Arrival", "CpuLane", "CudaLane", "Departure", "Lane", "Mark", "QueueLane", "lane_for"]
 
 MILLI = 1000  # of a second
 Read = Callable[[Tensor], None]  # writes bytes into memory (n,) of the host
@@ -222,8 +223,39 @@ class CudaLane:
             self._travels = [None] * self.STAGES
 
 
+class QueueLane(CpuLane):
+    """To a device whose work is done in the order in which it was given, copies among it: Apple's GPUs, Intel's.
+
+    Args:
+        device: It.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stages = Stages(1, pin=_ordinary)
+
+    def buffer(self, size: int) -> Tensor:
+        """See ``Lane``."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def bring(self, buffer: Tensor, size: int, read: Read, after: Departure | None) -> Arrival:
+        """See ``Lane``. What was given before uses the buffer before the copy comes to it."""
+        stage = self._stages.piece(0, buffer.numel())[:size]
+        read(stage)
+        buffer[:size].copy_(stage)  # waits for the copy, so that the stage is free again
+        return _Here()
+
+    def close(self) -> None:
+        """See ``Lane``."""
+        self._stages.clear()
+
+
+def _ordinary(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
 def lane_for(device: torch.device, warn: Callable[[str], None] | None = None) -> Lane:
     """The way to a device."""
     if device.type == "cuda":
         return CudaLane(device, warn)
-    return CpuLane()
+    return CpuLane() if device.type == "cpu" else QueueLane(device)

@@ -16,7 +16,7 @@ __all__ = ["measure_rates"]
 
 SIDE = {"cpu": 1024}  # of the matrices that are multiplied, by device type
 LARGE_SIDE = 8192  # where it is not there: large enough to fill a GPU
-COPIED = 64 << 20  # bytes
+COPIED = 256 << 20  # bytes; less stays in a large processor's cache
 REPEATS = 3
 
 
@@ -36,7 +36,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 @functools.lru_cache(8)  # of what could be measured
 def _measured(device: torch.device, dtype: torch.dtype) -> Rates:
     side = SIDE.get(device.type, LARGE_SIDE)
-    x = torch.ones(side, side, dtype=dtype, device=device)
+    x = torch.randn(side, side, device=device).to(dtype)  # of ones a GPU makes more, for it needs less power
     product = _best(device, lambda: x @ x)
     return Rates(bytes=COPIED / _seconds_to_bring(device), operations=2 * side**3 / product)
 

@@ -24,6 +24,7 @@ from .spread import SLOTS
 
 __all__ = ["StoredWeight", "Streamer", "Unit"]
 
+WITHOUT_FP8 = frozenset({"mps"})  # device types on which fp8 stays bytes, as decoders take it there
 MOST_STALLS = 512  # whose times are not read yet
 
 
@@ -71,7 +72,9 @@ class _Piece:
     shape: torch.Size
 
     def view_of(self, buffer: Tensor) -> Tensor:
-        return buffer[self.start : self.start + self.length].view(self.dtype).view(self.shape)
+        whole = buffer[self.start : self.start + self.length]
+        is_left = self.dtype.itemsize == 1 and buffer.device.type in WITHOUT_FP8
+        return (whole if is_left else whole.view(self.dtype)).view(self.shape)
 
 
 class _Layout:

@@ -10,6 +10,7 @@ import torch
 
 from ...flux.adapters.channels import CELL
 from ...flux.errors import ExhaustedError, UserError
+from ...flux.memory.exhaustion import is_exhausted
 from ...flux.memory.policy import SAVE, Policy
 from ...flux.pipelines.fitting import what_would_fit
 from ...flux.pipelines.plan_picture import spelled
@@ -29,7 +30,7 @@ class HostExhaustedError(ExhaustedError, torch.OutOfMemoryError):
 
 
 def give_way(patcher: Any, fault: Exception, shape: Sequence[int]) -> None:
-    """Have about half of what stays of a run's models leave the device, after memory ran out in a step.
+    """Have weights leave the device after memory ran out in a step: other models', then half of what stays of these.
 
     Args:
         patcher: The MODEL that is sampled, and with it FLUX Combine's.
@@ -40,13 +41,35 @@ def give_way(patcher: Any, fault: Exception, shape: Sequence[int]) -> None:
         HostExhaustedError: Nothing can leave any more.
     """
     models = transformers_of(patcher)
-    freed = sum(_half_leaves(own) for own in models)
+    others = _others_leave(models)
+    freed = others or sum(_half_leaves(own) for own in models)
     comfy.model_management.soft_empty_cache()
     if not freed:
         raise HostExhaustedError(
             f"memory ran out though no more weights can leave the device{_told(models, shape)}"
         ) from fault
-    say(f"memory ran out in a step: {spelled(freed)} of the weights left the device, and the step is repeated")
+    whose = "of other models' weights" if others else "of the weights"
+    say(f"memory ran out in a step: {spelled(freed)} {whose} left the device, and the step is repeated")
+
+
+def _others_leave(models: Sequence[Any]) -> int:
+    """Bytes of what the host has on the device besides, which it frees for as much as half of ours."""
+    management, device = comfy.model_management, models[0].load_device
+    if management.is_device_cpu(device):  # where nothing can leave to
+        return 0
+    ours = [own.model for own in models]
+    loaded = [own for own in management.current_loaded_models if own.model is not None and own.device == device]
+    others = [own for own in loaded if not own.currently_used and not any(own.model.model is one for one in ours)]
+    before = [int(own.model_loaded_memory()) for own in others]
+    if sum(before) < LEAST:
+        return 0
+    wanted = sum(int(SHARE_THAT_LEAVES * own.loaded_size()) for own in models)
+    kept = [own for own in loaded if own not in others]
+    gone = management.free_memory(management.get_free_memory(device) + wanted, device, keep_loaded=kept)
+    return sum(
+        size - (0 if any(own is one for one in gone) else int(own.model_loaded_memory()))
+        for size, own in zip(before, others, strict=True)
+    )
 
 
 def _half_leaves(patcher: Any) -> int:
@@ -54,10 +77,18 @@ def _half_leaves(patcher: Any) -> int:
     own = [one.footprint.blocks.resident_bytes for one in residents_of(patcher.model) if one.footprint is not None]
     all_there_is = int(patcher.loaded_size())
     half = int(SHARE_THAT_LEAVES * (sum(own) or all_there_is))
-    freed = 0
-    for asked in (half, all_there_is):
-        freed = freed or int(patcher.partially_unload(patcher.offload_device, asked) or 0)
+    freed = _left(patcher, half) or _left(patcher, all_there_is)
     return freed if own or freed >= LEAST else 0
+
+
+def _left(patcher: Any, asked: int) -> int:
+    """Bytes that left of so many that were asked for."""
+    try:
+        return int(patcher.partially_unload(patcher.offload_device, asked) or 0)
+    except Exception as error:
+        if not is_exhausted(error):
+            raise
+        return 0  # so little is free that even what is streamed finds no room
 
 
 def _told(models: Sequence[Any], shape: Sequence[int]) -> str:

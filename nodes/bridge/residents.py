@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import Tensor, nn
@@ -227,7 +228,9 @@ class FoundryPatcher(PackedPatcher):
         """Give back blocks until so many bytes are free, or none is left that could be streamed; returns the bytes."""
         before = int(self.loaded_size())
         with self.use_ejected():
+            away = self._away()
             self._settle(max(0, int(before - memory_to_free)))
+            self._bring(away - self._away(), self.model.device)
             self._account(self.model.device)
             self._give_patches()
         self._tell()
@@ -270,6 +273,19 @@ class FoundryPatcher(PackedPatcher):
             if kept is not None:
                 comfy.utils.set_attr_param(self.model, f"{name}.{own}", kept.weight)
         layer.comfy_patched_weights = False
+
+    def _bring(self, names: Iterable[str], device: torch.device) -> None:
+        """Put layers on the device as the host's loading does: where more are streamed, others are, evenly spread."""
+        names = sorted(names)
+        for own in self.residents if names else ():
+            own.close()  # the ring makes room; what streams from here on has another
+        for name in names:
+            layer = comfy.utils.get_attr(self.model, name)
+            comfy.model_patcher.wipe_lowvram_weight(layer)
+            for own, _ in layer.named_parameters(recurse=False):
+                self.patch_weight_to_device(f"{name}.{own}", device_to=device)
+            layer.comfy_patched_weights = True
+            layer.to(device)
 
     def _account(self, device: torch.device) -> None:
         """Have what stays counted, and the rest come as it is used."""

@@ -55,9 +55,11 @@ def test_an_engine_that_fails_is_told_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(gpu, "ENGINES", ours)
     found = gpu.denoising(bench)
     assert [row["engine"] for row in found.rows] == [gpu.FOUNDRY]
-    assert found.bars == []
+    assert found.bars
+    assert all(bar.value is None and not bar.holds for bar in found.bars)
     assert found.notes == ["diffusers, compiled failed: RuntimeError: no compiler"]
     assert "- diffusers, compiled failed" in table(found, is_judged=False)
+    assert "not measured (≤ 0.9: MISSED)" in table(found, is_judged=True)
 
 
 class Clock:
@@ -98,6 +100,17 @@ def test_what_there_is_no_time_for_is_skipped_and_what_fails_stops_nothing(tmp_p
     assert "ValueError: it is broken" in read(tmp_path, "broken")["failed"]
     assert read(tmp_path, "short")["rows"] == [{"taken": 30}]
     assert "Skipped: 30 s" in capsys.readouterr().out
+
+
+def test_where_bars_are_asked_a_missed_one_and_a_skipped_section_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bench, "is_judged", True)
+    bars = [Bar("one", 0.9, 0.9), Bar("other", 0.91, 0.9), Bar("none", None, 0.9)]
+    sections = (
+        Section("first", "First", 1, lambda bench: Found([{"taken": 1}], bars)),
+        Section("long", "Long", 1e9, lambda bench: Found([{"taken": 1}])),
+    )
+    wrong = run_sections(Bench(CPU, SIZES["tiny"]), {}, Watch(100.0, Clock()), tmp_path, sections)
+    assert wrong == ["other", "none", "long"]
 
 
 def test_every_section_fits_into_the_time_of_a_run():

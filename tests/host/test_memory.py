@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from client import Host, Prompt
 from graph import core_sampler, node, our_sampler, start
 
 from flux.mini.files import FOLDER
+from flux.models.flux1 import Flux1
+from flux.specs.flux1 import MINI
+from tests.tiny import write_module
 
 MODEL = "embedded: flux1-mini"
 POLICIES = ("keep", "balance", "save")
@@ -55,14 +59,23 @@ def test_what_the_host_counts_is_what_the_policy_leaves(host: Host) -> None:
     assert len(found["save"]["streamed"]) == found["save"]["blocks"]
 
 
-def test_the_host_takes_blocks_back_one_by_one_and_the_model_gives_the_same(host: Host) -> None:
-    prompt = {**load(memory="keep"), "out": node("ProbeGiveWay", model=["model", 0])}
+@pytest.fixture(scope="module")
+def deep(host: Host) -> str:
+    """A model of more blocks: which of them are streamed changes with their number, as they are spread evenly."""
+    path = host.base / "models" / "diffusion_models" / "deep.safetensors"
+    write_module(path, Flux1(replace(MINI, name="deep", double_blocks=4, single_blocks=8)), 7)
+    return path.name
+
+
+def test_the_host_takes_blocks_back_one_by_one_and_the_model_gives_the_same(host: Host, deep: str) -> None:
+    prompt = {**load(model=deep, memory="keep"), "out": node("ProbeGiveWay", model=["model", 0])}
     report = host.succeed(prompt).report()
     assert report["freed"]
     assert all(freed >= report["asked"] for freed in report["freed"])
     assert report["streamed"] == sorted(set(report["streamed"]))
     assert report["streamed"][-1] == report["blocks"]
     assert report["equal"]
+    assert report["there"]
     assert report["back"] == report["size"]
 
 
@@ -326,8 +339,19 @@ def test_a_step_that_memory_runs_out_in_is_repeated_with_fewer_blocks_in_it(host
     report = host.succeed({**load(memory=policy), "out": node("ProbeRunsOut", model=["model", 0])}).report()
     assert report["equal"]
     assert report["streamed_after"] > report["streamed_before"]
+    assert report["there"]
     assert "no more weights can leave the device; loaded with memory save, 48x48 would have fitted" in report["gave_up"]
     assert report["afterwards"]
+
+
+def test_where_memory_runs_out_other_models_leave_first(host: Host) -> None:
+    models = {**load("one", memory="keep"), **load("other", "flux1-mini.safetensors", memory="keep")}
+    report = host.succeed({**models, "out": node("ProbeOthersFirst", one=["one", 0], other=["other", 0])}).report()
+    waits, streamed = report["waits"], report["streamed"]
+    assert waits[0] > waits[1]
+    assert streamed[0] == streamed[1] == 0
+    assert waits[2] < waits[1] or streamed[2] > 0
+    assert report["equal"]
 
 
 def error_of_a_run(host: Host, what: str, models: Prompt, model: str) -> str:

@@ -57,7 +57,7 @@ def has_units(product: object, device: torch.device) -> bool:
 
 
 def fp8_product(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """``x @ (data * scale).T + bias`` in fp8, accumulated in fp32.
+    """``x @ (data * scale).T + bias`` in fp8, accumulated as the card does it fastest.
 
     Args:
         parts: ``DATA`` fp8 (N, K); ``SCALE`` fp32, one number or N, or absent for 1.
@@ -73,17 +73,19 @@ def fp8_product(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None:
         return None
     if not fp8_units(x.device, per_row=per_row):
         return None
-    largest = x.abs().amax(dim=1, keepdim=True) if per_row else x.abs().amax()
-    own = (largest.float() / E4M3_MAX).clamp_min(max(SMALLEST_SCALE, torch.finfo(x.dtype).tiny))
-    narrow = (x / own.to(x.dtype)).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    low, high = x.aminmax(dim=1, keepdim=True) if per_row else x.aminmax()
+    largest = torch.maximum(high, -low)
+    own = (largest.float() / E4M3_MAX).clamp_min(max(SMALLEST_SCALE, torch.finfo(x.dtype).tiny)).to(x.dtype)
+    narrow = (x / own).to(E4M3)  # the largest is at most 2^-7 above fp8's, which is rounded down to it
     theirs = torch.ones((), device=x.device) if scale is None else scale.float()
     theirs = theirs.reshape(1, -1) if per_row else theirs.reshape(())
     # The result of a row-wise product is bf16 in cuBLAS; fp16 takes the way over it.
     kind = torch.bfloat16 if per_row else x.dtype
-    own = own.to(x.dtype).float()
-    out = torch._scaled_mm(narrow, data.t(), scale_a=own, scale_b=theirs, out_dtype=kind)
-    out = out.to(x.dtype)
-    return out if bias is None else out.add_(bias)
+    out: Tensor = torch._scaled_mm(
+        narrow, data.t(), scale_a=own.float(), scale_b=theirs, bias=None if bias is None else bias.to(kind),
+        out_dtype=kind, use_fast_accum=True,
+    )  # fmt: skip
+    return out.to(x.dtype)
 
 
 def nvfp4_product(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from flux.errors import FileError
 from flux.memory import streaming
 from flux.memory.accounts import ALIGNMENT, buffer_bytes
-from flux.memory.lanes import CpuLane
+from flux.memory.lanes import CpuLane, QueueLane, lane_for
 from flux.memory.streamed import StreamedBlocks
 from flux.memory.streaming import Streamer, Unit
 from flux.ops.packed import Linear
@@ -337,3 +337,36 @@ def test_what_is_streamed_is_closed_though_what_passed_cannot_be_told(monkeypatc
         flow.stop()
     assert flow.streamer is None
     assert blocks.lane.closed
+
+
+def test_other_devices_than_gpus_with_streams_get_copies():
+    blocks = Blocks()
+    streamer = Streamer(blocks.units, QueueLane(torch.device("cpu")))
+    try:
+        for _ in range(2):
+            assert blocks.run(streamer) == [0, 1, 2, 3, 4]
+    finally:
+        streamer.close()
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", CpuLane), ("mps", QueueLane), ("xpu", QueueLane)])
+def test_every_kind_of_device_has_a_lane(device, kind):
+    assert type(lane_for(torch.device(device))) is kind
+
+
+def test_a_queued_lane_has_its_buffers_on_the_device():
+    lane, reads = QueueLane(torch.device("meta")), []
+    buffer = lane.buffer(16)
+    lane.bring(buffer, 12, lambda piece: reads.append((piece.device.type, piece.numel())), None).wait()
+    assert buffer.is_meta
+    assert reads == [("cpu", 12)]
+    lane.close()
+
+
+@pytest.mark.parametrize(("without", "kind"), [((), torch.float8_e4m3fn), (("cpu",), torch.uint8)])
+def test_where_there_is_no_fp8_it_stays_bytes(monkeypatch, without, kind):
+    monkeypatch.setattr(streaming, "WITHOUT_FP8", without)
+    piece = streaming._Piece("data", 4, 6, torch.float8_e4m3fn, torch.Size((2, 3)))
+    view = piece.view_of(torch.arange(16, dtype=torch.uint8))
+    assert (view.dtype, view.shape) == (kind, (2, 3))
+    assert view.view(torch.uint8).flatten().tolist() == [4, 5, 6, 7, 8, 9]

@@ -8,6 +8,7 @@ import json
 import threading
 
 import comfy.model_management
+import comfy.utils
 import psutil
 import torch
 from comfy_api.latest import io
@@ -57,16 +58,30 @@ def residents(model):
     }  # fmt: skip
 
 
+def all_there(model):
+    """Whether all that is counted as staying is on the device, and nothing else of the blocks."""
+    [own] = model.residents
+    inside = {
+        f"{own.prefix}{name.rpartition('.')[0]}"
+        for block in own.accounts.blocks for name in own.accounts.names_in(block, own.apart)
+    }  # fmt: skip
+    layers = {name: comfy.utils.get_attr(model.model, name) for name in inside}
+    there = {name for name, layer in layers.items() if getattr(layer, "comfy_patched_weights", False)}
+    return there == inside - own.away
+
+
 def give_way(model):
     """Asked for a little again and again, then loaded as before."""
     comfy.model_management.load_models_gpu([model])
     [own] = model.residents
     before, asked = velocity(model), 100
     report = {"asked": asked, "freed": [], "streamed": [], "blocks": len(own.accounts.blocks), "equal": True}
+    report["there"] = all_there(model)
     while own.resident_bytes > own.least:
         report["freed"].append(model.partially_unload(CPU, asked))
         report["streamed"].append(len(streamed(model)))
         report["equal"] &= torch.equal(velocity(model), before)
+        report["there"] &= all_there(model)
     comfy.model_management.load_models_gpu([model])
     return {**report, "back": model.loaded_size(), "size": model.model_size()}
 
@@ -169,40 +184,76 @@ def flags(model):
     return report
 
 
+class Failing:
+    """Steps of a MODEL, in the next ``times`` of which memory runs out."""
+
+    def __init__(self, model):
+        self.base, self.network, self.times = model.model, model.model.diffusion_model, 0
+        self.base.current_patcher = model
+
+    def __enter__(self):
+        self.network.forward = self.forward
+        return self
+
+    def __exit__(self, *_):
+        del self.network.forward
+
+    def forward(self, *given, **named):
+        if self.times > 0:
+            self.times -= 1
+            raise torch.OutOfMemoryError("no memory, for a test")
+        return type(self.network).forward(self.network, *given, **named)
+
+    def step(self):
+        generator = torch.Generator().manual_seed(3)
+        shapes = (1, 16, 8, 8), (1, 32, 192), (1, 128)
+        x, tokens, pooled = (torch.randn(shape, generator=generator) for shape in shapes)
+        guidance = torch.tensor([3.0])
+        return self.base.apply_model(x, torch.tensor([0.7]), c_crossattn=tokens, y=pooled, guidance=guidance)
+
+
 def runs_out(model):
     """Memory runs out in one step, then in every one."""
     comfy.model_management.load_models_gpu([model])
-    base, network = model.model, model.model.diffusion_model
-    generator = torch.Generator().manual_seed(3)
-    x, tokens, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 8, 8), (1, 32, 192), (1, 128)))
-    base.current_patcher = model
-    real, report, failing = type(network).forward, {"streamed_before": len(streamed(model))}, [0]
-
-    def step():
-        return base.apply_model(x, torch.tensor([0.7]), c_crossattn=tokens, y=pooled, guidance=torch.tensor([3.0]))
-
-    def forward(*given, **named):
-        if failing[0] > 0:
-            failing[0] -= 1
-            raise torch.OutOfMemoryError("no memory, for a test")
-        return real(network, *given, **named)
-
-    expected = step()
-    network.forward = forward
-    try:
-        failing[0] = 1
-        report["equal"] = torch.equal(step(), expected)
+    report = {"streamed_before": len(streamed(model))}
+    with Failing(model) as steps:
+        expected = steps.step()
+        steps.times = 1
+        report["equal"] = torch.equal(steps.step(), expected)
         report["streamed_after"] = len(streamed(model))
-        failing[0] = 1000
+        report["there"] = all_there(model)
+        steps.times = 1000
         try:
-            step()
+            steps.step()
         except torch.OutOfMemoryError as error:
             report["gave_up"] = str(error)
-        failing[0] = 0
-        report["afterwards"] = torch.equal(step(), expected)
-    finally:
-        del network.forward
+        steps.times = 0
+        report["afterwards"] = torch.equal(steps.step(), expected)
     return report
+
+
+class ProbeOthersFirst(io.ComfyNode):
+    """Memory runs out in two steps of a MODEL while another one waits on the card; reports who left."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Model.Input("one"), io.Model.Input("other")]
+        return io.Schema("ProbeOthersFirst", category="probe", inputs=inputs, outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls, one, other):
+        report = {"waits": [], "streamed": []}
+        with small_card(4 * one.model_size(), one, other):
+            comfy.model_management.load_models_gpu([other])
+            comfy.model_management.load_models_gpu([one])
+            with Failing(one) as steps:
+                for times in (0, 1, 1):
+                    steps.times = times
+                    expected = steps.step()
+                    report["waits"].append(other.loaded_size())
+                    report["streamed"].append(len(streamed(one)))
+                report["equal"] = torch.equal(steps.step(), expected)
+        return io.NodeOutput(ui={"report": [json.dumps(report)]})
 
 
 class ProbeThreads(io.ComfyNode):
@@ -302,7 +353,7 @@ class ProbeTold(io.ComfyNode):
 NODES = [
     probe("ProbeResidents", residents), probe("ProbeGiveWay", give_way), ProbeSmallCard,
     probe("ProbePatched", patched), probe("ProbeFlags", flags), probe("ProbeRunsOut", runs_out),
-    ProbeThreads, ProbeSeen,
+    ProbeOthersFirst, ProbeThreads, ProbeSeen,
     ProbeStrips,
     ProbeTold,
     ProbeTaken,
