@@ -284,8 +284,8 @@ class FoundryPatcher(PackedPatcher):
             comfy.model_patcher.wipe_lowvram_weight(layer)
             for own, _ in layer.named_parameters(recurse=False):
                 self.patch_weight_to_device(f"{name}.{own}", device_to=device)
-            layer.comfy_patched_weights = True
             layer.to(device)
+            layer.comfy_patched_weights = True
 
     def _account(self, device: torch.device) -> None:
         """Have what stays counted, and the rest come as it is used."""
