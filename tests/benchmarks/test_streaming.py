@@ -49,3 +49,11 @@ def test_the_cases_are_a_dozen_and_of_every_kind():
         assert len({getattr(case, name) for case in cases}) > 1
     assert {case.stored for case in cases} <= {"bf16", *FORMATS}
     assert Case(512).name == "transformer: 512², batch 1, bf16, keep"
+
+
+def test_of_a_transformers_processes_the_median_is_told(monkeypatch):
+    taken = iter([300, 100, 110, 500])
+    monkeypatch.setattr(planned, "_in_process", lambda path, case, device: (120, next(taken)))
+    monkeypatch.setattr(planned, "write_random", lambda path, *_: path.touch())
+    rows = rows_of(planned.table(cases=(planned.CASES[0], planned.OTHERS[0])))
+    assert [row["taken_bytes"] for row in rows] == [110, 500]
