@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import Tensor, nn
@@ -281,7 +280,7 @@ class FoundryPatcher(PackedPatcher):
             own.close()  # the ring makes room; what streams from here on has another
         for name in names:
             layer = comfy.utils.get_attr(self.model, name)
-            comfy.model_patcher.wipe_lowvram_weight(layer)
+            layer.bias_function = []  # what it did while the layer was away is now done to the bias itself
             for own, _ in layer.named_parameters(recurse=False):
                 self.patch_weight_to_device(f"{name}.{own}", device_to=device)
             layer.to(device)
