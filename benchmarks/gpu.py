@@ -661,9 +661,9 @@ SECTIONS = (  # what bars are asked of comes first
     Section("denoising", "Denoising beside diffusers", 230, denoising),
     Section("plans", "Plans beside what runs take", 80, plans),
     Section("budgets", "Room for fewer and fewer weights", 60, budgets),
-    Section("batches", "Several pictures at once", 30, batches),
+    Section("batches", "Several pictures at once", 25, batches),
     Section("graphs", "Whether CUDA graphs would pay", 20, graphs),
-    Section("sizes", "From small to large", 30, sizes),
+    Section("sizes", "From small to large", 20, sizes),
 )
 BYTES = {"resident", "peak", "planned", "taken", "streamed"}
 SECONDS = {

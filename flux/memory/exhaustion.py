@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import ExhaustedError
+from ..ops.host_memory import drop_spare
 from .policy import GIB
 from .residency import Residency, Watch
 
@@ -132,6 +133,7 @@ class Fallback:
 
     def _lower(self, fault: Exception) -> None:
         """Stream half of the blocks that stay, of every module."""
+        drop_spare()  # that of whole blocks, which are not unpacked at once any more
         counts = []
         for residency, without in self._loaded:
             lower = _lowered(residency, without, residency.limit)

@@ -36,7 +36,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 @functools.lru_cache(8)  # of what could be measured
 def _measured(device: torch.device, dtype: torch.dtype) -> Rates:
     side = SIDE.get(device.type, LARGE_SIDE)
-    x = torch.randn(side, side, device=device).to(dtype)  # of ones a GPU makes more, for it needs less power
+    x = torch.randn(side, side, generator=torch.Generator(device).manual_seed(0), device=device)
+    x = x.to(dtype)  # not of ones, of which a GPU makes more, for it needs less power
     product = _best(device, lambda: x @ x)
     return Rates(bytes=COPIED / _seconds_to_bring(device), operations=2 * side**3 / product)
 

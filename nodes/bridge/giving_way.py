@@ -60,16 +60,18 @@ def _others_leave(models: Sequence[Any]) -> int:
     ours = [own.model for own in models]
     loaded = [own for own in management.current_loaded_models if own.model is not None and own.device == device]
     others = [own for own in loaded if not own.currently_used and not any(own.model.model is one for one in ours)]
-    before = [int(own.model_loaded_memory()) for own in others]
-    if sum(before) < LEAST:
+    patchers = [own.model for own in others]  # which the host holds weakly, and collects garbage first
+    before = sum(int(one.loaded_size()) for one in patchers)
+    if before < LEAST:
         return 0
     wanted = sum(int(SHARE_THAT_LEAVES * own.loaded_size()) for own in models)
     kept = [own for own in loaded if own not in others]
-    gone = management.free_memory(management.get_free_memory(device) + wanted, device, keep_loaded=kept)
-    return sum(
-        size - (0 if any(own is one for one in gone) else int(own.model_loaded_memory()))
-        for size, own in zip(before, others, strict=True)
-    )
+    try:
+        management.free_memory(management.get_free_memory(device) + wanted, device, keep_loaded=kept)
+    except Exception as error:  # another of ours that found no room for its ring
+        if not is_exhausted(error):
+            raise
+    return max(0, before - sum(int(one.loaded_size()) for one in patchers))
 
 
 def _half_leaves(patcher: Any) -> int:

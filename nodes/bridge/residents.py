@@ -283,8 +283,8 @@ class FoundryPatcher(PackedPatcher):
             layer.bias_function = []  # what it did while the layer was away is now done to the bias itself
             for own, _ in layer.named_parameters(recurse=False):
                 self.patch_weight_to_device(f"{name}.{own}", device_to=device)
+            layer.comfy_patched_weights = True  # before it moves: what came half has to be let go too
             layer.to(device)
-            layer.comfy_patched_weights = True
 
     def _account(self, device: torch.device) -> None:
         """Have what stays counted, and the rest come as it is used."""

@@ -363,10 +363,17 @@ def test_a_queued_lane_has_its_buffers_on_the_device():
     lane.close()
 
 
-@pytest.mark.parametrize(("without", "kind"), [((), torch.float8_e4m3fn), (("cpu",), torch.uint8)])
-def test_where_there_is_no_fp8_it_stays_bytes(monkeypatch, without, kind):
+@pytest.mark.parametrize(
+    ("stored", "without", "kind"),
+    [
+        (torch.float8_e4m3fn, (), torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, ("cpu",), torch.uint8),
+        (torch.int8, ("cpu",), torch.int8),
+    ],
+)
+def test_where_there_is_no_fp8_it_stays_bytes_and_whole_numbers_stay_numbers(monkeypatch, stored, without, kind):
     monkeypatch.setattr(streaming, "WITHOUT_FP8", without)
-    piece = streaming._Piece("data", 4, 6, torch.float8_e4m3fn, torch.Size((2, 3)))
+    piece = streaming._Piece("data", 4, 6, stored, torch.Size((2, 3)))
     view = piece.view_of(torch.arange(16, dtype=torch.uint8))
     assert (view.dtype, view.shape) == (kind, (2, 3))
     assert view.view(torch.uint8).flatten().tolist() == [4, 5, 6, 7, 8, 9]
