@@ -69,9 +69,8 @@ def table(batches: Sequence[int] = BATCHES, repeats: int = REPEATS) -> Report:
     rows, data = [], []
     for batch, turns in found.items():
         seconds, bar = statistics.median(turns), BARS.get(batch)
-        beside = zip(
-            turns, found[batches[0]], strict=True
-        )  # of the same turn: what else the machine does comes and goes
+        # Of the same turn, for what else the machine does comes and goes.
+        beside = zip(turns, found[batches[0]], strict=True)
         ratio = statistics.median(own / batch / first * batches[0] for own, first in beside)
         told = ("", "") if bar is None else (f"≤ {bar:.2f}", verdict(ratio <= bar))
         rows.append(

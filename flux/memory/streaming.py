@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..ops.dtypes import held_as
 from ..ops.packed import PackedWeight
 from .accounts import Sized, aligned, buffer_bytes
 from .lanes import Arrival, Departure, Lane, Mark
@@ -24,8 +25,6 @@ from .spread import SLOTS
 
 __all__ = ["StoredWeight", "Streamer", "Unit"]
 
-FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
-WITHOUT_FP8 = frozenset({"mps"})  # device types on which fp8 stays bytes, as decoders take it there
 MOST_STALLS = 512  # whose times are not read yet
 
 
@@ -74,8 +73,7 @@ class _Piece:
 
     def view_of(self, buffer: Tensor) -> Tensor:
         whole = buffer[self.start : self.start + self.length]
-        is_left = self.dtype in FP8 and buffer.device.type in WITHOUT_FP8
-        return (whole if is_left else whole.view(self.dtype)).view(self.shape)
+        return whole.view(held_as(self.dtype, buffer.device)).view(self.shape)
 
 
 class _Layout:

@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["SMALL_MODEL", "clamp_to_range", "compute_dtype", "fast_dtype", "mixed_precision"]
+__all__ = [
+    "ONE_BYTE_FLOATS", "SMALL_MODEL", "WITHOUT_FP8", "clamp_to_range", "compute_dtype", "fast_dtype", "held_as",
+    "mixed_precision",
+]  # fmt: skip
 
 PROBE_ROWS, PROBE_WIDTH = 256, 512
 PROBE_REPEATS = 5
 SMALL_MODEL = 100_000_000  # parameters up to which fp32 costs nobody anything
 FP16_LIMIT = torch.finfo(torch.float16).max  # 65504
+ONE_BYTE_FLOATS = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
+WITHOUT_FP8 = frozenset({"mps"})  # device types without fp8 and fp64
+
+
+def held_as(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What stored bytes of a type are on a device: fp8 stays bytes where there is none, and decoders take it so."""
+    return torch.uint8 if dtype in ONE_BYTE_FLOATS and device.type in WITHOUT_FP8 else dtype
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:

@@ -41,7 +41,8 @@ def pictures_one_by_one(model: Flux1, is_short: Callable[[], bool] = lambda: Fal
         is_short: Whether memory is, so that every use unpacks a matrix by itself.
     """
     lender = Lender()  # a block's inputs come back for the next one's outputs
-    with run_by((*model.double_blocks, *model.single_blocks), partial(partial, _run, lender, is_short)):
+    blocks = (*model.double_blocks, *model.single_blocks)
+    with run_by(blocks, lambda block, forward: partial(_run, lender, is_short, block, forward)):
         try:
             yield
         finally:

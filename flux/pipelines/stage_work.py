@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -105,6 +106,9 @@ def module_of(spec: Any, dtype: torch.dtype) -> Any:
         return build(spec).to(dtype).eval()
 
 
+_one_at_a_time = threading.Lock()  # runs change the module, which all have in common
+
+
 @functools.lru_cache(256)
 def work(
     spec: Any, stage: str, dtype: torch.dtype, job: Job, *, in_strips: bool = False, one_by_one: bool = False
@@ -112,7 +116,7 @@ def work(
     """What one pass of a stage makes; a transformer's blocks may run for one picture after the other."""
     module = module_of(spec, dtype)
     runs = Striped(module) if in_strips else module
-    with pictures_one_by_one(module) if one_by_one else nullcontext():
+    with _one_at_a_time, pictures_one_by_one(module) if one_by_one else nullcontext():
         return trace(module, functools.partial(WORK[type(spec)], runs, spec, stage, dtype, job))
 
 

@@ -79,18 +79,22 @@ def _half_leaves(patcher: Any) -> int:
     own = [one.footprint.blocks.resident_bytes for one in residents_of(patcher.model) if one.footprint is not None]
     all_there_is = int(patcher.loaded_size())
     half = int(SHARE_THAT_LEAVES * (sum(own) or all_there_is))
-    freed = _left(patcher, half) or _left(patcher, all_there_is)
+    for asked in (half, all_there_is):
+        _give(patcher, asked)
+        freed = all_there_is - int(patcher.loaded_size())
+        if freed:
+            break
     return freed if own or freed >= LEAST else 0
 
 
-def _left(patcher: Any, asked: int) -> int:
-    """Bytes that left of so many that were asked for."""
+def _give(patcher: Any, asked: int) -> None:
+    """Have so many bytes leave, or fewer where so little is free that even what is streamed finds no room."""
     try:
-        return int(patcher.partially_unload(patcher.offload_device, asked) or 0)
+        patcher.partially_unload(patcher.offload_device, asked)
     except Exception as error:
         if not is_exhausted(error):
             raise
-        return 0  # so little is free that even what is streamed finds no room
+        comfy.model_management.soft_empty_cache()
 
 
 def _told(models: Sequence[Any], shape: Sequence[int]) -> str:

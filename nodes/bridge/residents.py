@@ -229,9 +229,14 @@ class FoundryPatcher(PackedPatcher):
         with self.use_ejected():
             away = self._away()
             self._settle(max(0, int(before - memory_to_free)))
-            self._bring(away - self._away(), self.model.device)
-            self._account(self.model.device)
-            self._give_patches()
+            try:
+                self._bring(away - self._away(), self.model.device)
+            except Exception:  # what came half goes again, and all else that can
+                self._settle(0)
+                raise
+            finally:
+                self._account(self.model.device)
+                self._give_patches()
         self._tell()
         return before - int(self.loaded_size())
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...ops.dtypes import ONE_BYTE_FLOATS, WITHOUT_FP8, held_as
 from .base import DATA, Format, Parts
 from .chunks import BYTE_VALUES, as_bytes, cast, look_up, scale_runs
 
@@ -40,8 +41,6 @@ __all__ = [
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E4M3_MAX = 448.0
-ONE_BYTE_FLOATS = frozenset({E4M3, E5M2, torch.float8_e8m0fnu})
-WITHOUT_FP8 = frozenset({"mps"})  # device types without fp8 and fp64
 BY_TABLE = WITHOUT_FP8 | {"cpu"}  # where a look-up beats torch's own cast, or is the only way
 
 
@@ -49,7 +48,7 @@ def for_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A stored tensor as ``device`` can hold it, not moved yet: on Apple's GPUs fp8 as bytes, and fp64 as fp32."""
     if device.type not in WITHOUT_FP8:
         return tensor
-    if tensor.dtype in ONE_BYTE_FLOATS:
+    if held_as(tensor.dtype, device) != tensor.dtype:
         return as_bytes(tensor)
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 

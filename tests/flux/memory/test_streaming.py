@@ -15,6 +15,7 @@ from flux.memory.accounts import ALIGNMENT, buffer_bytes
 from flux.memory.lanes import CpuLane, QueueLane, lane_for
 from flux.memory.streamed import StreamedBlocks
 from flux.memory.streaming import Streamer, Unit
+from flux.ops import dtypes
 from flux.ops.packed import Linear
 from tests import whole
 
@@ -372,7 +373,7 @@ def test_a_queued_lane_has_its_buffers_on_the_device():
     ],
 )
 def test_where_there_is_no_fp8_it_stays_bytes_and_whole_numbers_stay_numbers(monkeypatch, stored, without, kind):
-    monkeypatch.setattr(streaming, "WITHOUT_FP8", without)
+    monkeypatch.setattr(dtypes, "WITHOUT_FP8", without)
     piece = streaming._Piece("data", 4, 6, stored, torch.Size((2, 3)))
     view = piece.view_of(torch.arange(16, dtype=torch.uint8))
     assert (view.dtype, view.shape) == (kind, (2, 3))
