@@ -7,8 +7,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu import SECTIONS, SIZES, Bar, Bench, Found, Section, Watch, cell, limit_of, run_sections, table
+from benchmarks.gpu import __main__ as runner
+from benchmarks.gpu import denoising
+from benchmarks.gpu.__main__ import Watch, run_sections
+from benchmarks.gpu.bench import SIZES, Bench
+from benchmarks.gpu.found import Bar, Found, cell, table
+from benchmarks.gpu.sections import SECTIONS, Section, limit_of
 
 CPU = torch.device("cpu")
 CLOSE, FP8_ERROR = 1e-5, 0.15
@@ -20,17 +24,17 @@ def read(folder, name):
 
 def test_the_whole_way_is_taken_on_a_cpu(tmp_path, capsys):
     arguments = ["--device", "cpu", "--size", "tiny", "--repeats", "1", "--out", str(tmp_path)]
-    assert gpu.main(arguments) == 0
+    assert runner.main(arguments) == 0
     records = {section.name: read(tmp_path, section.name) for section in SECTIONS}
     assert all(record["rows"] and record["environment"]["size"] == "tiny" for record in records.values())
     assert all(record["bars"] == [] for record in records.values()), "no bar is asked of a CPU"
     rows = {row["engine"]: row for row in records["denoising"]["rows"]}
-    assert list(rows) == list(gpu.ENGINES)
-    assert rows[gpu.DIFFUSERS]["difference"] <= CLOSE
-    assert rows[gpu.DIFFUSERS_COMPILED]["difference"] <= CLOSE
-    assert rows[gpu.FOUNDRY_COMPILED]["difference"] <= CLOSE
+    assert list(rows) == list(denoising.ENGINES)
+    assert rows[denoising.DIFFUSERS]["difference"] <= CLOSE
+    assert rows[denoising.DIFFUSERS_COMPILED]["difference"] <= CLOSE
+    assert rows[denoising.FOUNDRY_COMPILED]["difference"] <= CLOSE
     assert records["denoising"]["notes"] == []
-    assert 0 < rows[gpu.FOUNDRY_FP8]["difference"] <= FP8_ERROR
+    assert 0 < rows[denoising.FOUNDRY_FP8]["difference"] <= FP8_ERROR
     streamed = [row["streamed"] for row in records["budgets"]["rows"]]
     assert streamed[:4] == sorted(streamed[:4])
     assert streamed[0] == 0 < streamed[3]
@@ -41,7 +45,7 @@ def test_the_whole_way_is_taken_on_a_cpu(tmp_path, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys, tmp_path):
-    assert gpu.main(["--out", str(tmp_path / "none")]) == 0
+    assert runner.main(["--out", str(tmp_path / "none")]) == 0
     assert "no GPU" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
 
@@ -51,10 +55,10 @@ def test_an_engine_that_fails_is_told_and_the_others_go_on(monkeypatch):
         raise RuntimeError("no compiler")
 
     bench = Bench(CPU, SIZES["tiny"], repeats=1)
-    ours = {gpu.FOUNDRY: gpu.ENGINES[gpu.FOUNDRY], gpu.DIFFUSERS_COMPILED: broken}
-    monkeypatch.setattr(gpu, "ENGINES", ours)
-    found = gpu.denoising(bench)
-    assert [row["engine"] for row in found.rows] == [gpu.FOUNDRY]
+    ours = {denoising.FOUNDRY: denoising.ENGINES[denoising.FOUNDRY], denoising.DIFFUSERS_COMPILED: broken}
+    monkeypatch.setattr(denoising, "ENGINES", ours)
+    found = denoising.denoising(bench)
+    assert [row["engine"] for row in found.rows] == [denoising.FOUNDRY]
     assert found.bars
     assert all(bar.value is None and not bar.holds for bar in found.bars)
     assert found.notes == ["diffusers, compiled failed: RuntimeError: no compiler"]
@@ -114,7 +118,7 @@ def test_where_bars_are_asked_a_missed_one_and_a_skipped_section_are_told(tmp_pa
 
 
 def test_every_section_fits_into_the_time_of_a_run():
-    assert sum(section.needs for section in SECTIONS) <= 60 * gpu.MINUTES
+    assert sum(section.needs for section in SECTIONS) <= 60 * runner.MINUTES
 
 
 @pytest.mark.parametrize(("share", "limit"), [(1.0, 100), (0.5, 60), (0.0, 20)])
