@@ -7,7 +7,7 @@ items in one thread only. Two four-bit numbers are looked up as one item of 64 b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from ...ops.host_memory import empty
 from .threads import share_out
 
-__all__ = ["as_bytes", "cast", "look_up", "scale_runs"]
+__all__ = ["as_bytes", "cast", "in_chunks", "look_up", "scale_runs"]
 
 Array = npt.NDArray[Any]
 
 BYTE_VALUES = 256
 CHUNK = 1 << 18  # numbers, 1 MB of fp32: the product with the scales finds them in the cache
-DEVICE_CHUNK = 1 << 25  # numbers; bounds what indices and fp32 take on an accelerator
+DEVICE_CHUNK = 1 << 24  # numbers; bounds what indices and fp32 take on an accelerator to 64 MiB each
 LARGE = 1 << 20  # numbers from which threads and a table of byte pairs are paid back
 SERIAL = 1 << 15  # numbers up to which torch does not start threads of its own
 
@@ -64,6 +64,26 @@ def look_up(
     return out
 
 
+def in_chunks(
+    numbers_of: Callable[[int, int], Tensor], out: Tensor, scales: Tensor | None = None, run: int | None = None
+) -> Tensor:
+    """Numbers that are made chunk by chunk, times the scales of their runs: for accelerators.
+
+    Args:
+        numbers_of: Makes those from a place to before another, fp32 (n,) of its own.
+        out: Where they go, (n,) in all, rounded once.
+        scales: See ``look_up``.
+        run: See ``look_up``.
+
+    Returns:
+        ``out``.
+    """
+    length = run or max(1, out.numel())
+    for start, stop in _spans(out.numel(), length, DEVICE_CHUNK, scales):
+        out[start:stop] = scale_runs(numbers_of(start, stop), _scales_of(scales, start, stop, length), length)
+    return out
+
+
 def scale_runs(numbers: Tensor, scales: Tensor | None, run: int) -> Tensor:
     """fp32 ``numbers`` (n,) times ``scales`` (one for each run of ``run``, or a single one), in place."""
     if scales is None:
@@ -79,9 +99,11 @@ def scale_runs(numbers: Tensor, scales: Tensor | None, run: int) -> Tensor:
 
 def _fill_on_device(codes: Tensor, table: Tensor, out: Tensor, scales: Tensor | None, run: int) -> None:
     width = table.shape[1]
-    for start, stop in _spans(out.numel(), run, DEVICE_CHUNK, scales):
-        numbers = F.embedding(codes[start // width : -(-stop // width)].int(), table).view(-1)
-        out[start:stop] = scale_runs(numbers, _scales_of(scales, start, stop, run), run)
+
+    def numbers(start: int, stop: int) -> Tensor:
+        return F.embedding(codes[start // width : -(-stop // width)].int(), table).view(-1)
+
+    in_chunks(numbers, out, scales, run)
 
 
 def _fill_on_cpu(codes: Tensor, table: Tensor, out: Tensor, scales: Tensor | None, run: int) -> None:

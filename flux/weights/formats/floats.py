@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...ops.dtypes import ONE_BYTE_FLOATS, WITHOUT_FP8, held_as
 from .base import DATA, Format, Parts
-from .chunks import BYTE_VALUES, as_bytes, cast, look_up, scale_runs
+from .chunks import BYTE_VALUES, as_bytes, cast, in_chunks, look_up
 
 __all__ = [
     "BF16",
@@ -41,6 +41,7 @@ __all__ = [
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E4M3_MAX = 448.0
+EXACT = frozenset({torch.float32, torch.bfloat16, torch.float16})  # have every number of either fp8 type
 BY_TABLE = WITHOUT_FP8 | {"cpu"}  # where a look-up beats torch's own cast, or is the only way
 
 
@@ -82,8 +83,11 @@ def widen_fp8(
     codes = as_bytes(data)
     if data.device.type in BY_TABLE:
         return look_up(codes, fp8_table(kind, data.device), dtype, scales, run)
-    numbers = codes.view(kind).reshape(-1).float()
-    return scale_runs(numbers, scales, run or numbers.numel()).to(dtype)
+    numbers = codes.view(kind).reshape(-1)
+    if scales is None and dtype in EXACT:
+        return numbers.to(dtype)
+    out = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
+    return in_chunks(lambda start, stop: numbers[start:stop].float(), out, scales, run)
 
 
 def _decode_plain(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

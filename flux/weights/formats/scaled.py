@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .base import DATA, Decode, Format, Parts, Product
-from .chunks import cast, scale_runs
+from .chunks import cast, in_chunks, scale_runs
 from .floats import E4M3, E4M3_MAX, E5M2, magnitude, pick_rows, require_finite, take_rows, widen_fp8
 from .products import fp8_product
 from .roles import SCALE
@@ -56,9 +56,11 @@ def _decode_fp8(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, *, kin
 
 
 def _decode_int8(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    data = parts[DATA]
-    numbers = cast(data, torch.float32).view(-1)
-    return cast(scale_runs(numbers, _scales(parts), _row_length(shape, data)), dtype).view(shape)
+    data, scales, run = parts[DATA], _scales(parts), _row_length(shape, parts[DATA])
+    if data.device.type != "cpu":
+        codes, out = data.reshape(-1), torch.empty(data.numel(), dtype=dtype, device=data.device)
+        return in_chunks(lambda start, stop: codes[start:stop].float(), out, scales, run).view(shape)
+    return cast(scale_runs(cast(data, torch.float32).view(-1), scales, run), dtype).view(shape)
 
 
 def _decode_rotated(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, *, group: int) -> Tensor:
