@@ -61,6 +61,9 @@ class HostWeight:
     def packed(self, device: torch.device | None = None) -> Packed:
         return self.kept if device is None else self.kept.to(device)
 
+    def outline(self, device: torch.device) -> Packed:
+        return self.kept.to(torch.device("meta"))
+
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         for name, tensor in self.kept.tensors().items():
             copy_bytes(targets[name], tensor.reshape(-1).view(torch.uint8))  # by as many threads as read a file

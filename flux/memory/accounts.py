@@ -52,6 +52,7 @@ class Accounts:
     Attributes:
         blocks: The prefixes of what can be streamed, in the order in which it runs.
         packable: The parameters that stay packed.
+        movable: Those of linear layers, which unpack them at use.
         tables: Those of embeddings, of which rows can be fetched from the file.
 
     Args:
@@ -72,14 +73,15 @@ class Accounts:
         self._item, self.blocks = item, tuple(blocks)
         self._own: dict[str, list[str]] = {}  # what can be streamed below a prefix, once it was asked for
         layers = {f"{path}.weight": layer for path, layer in module.named_modules() if takes_packed(layer)}
-        self._movable = frozenset(name for name, layer in layers.items() if isinstance(layer, Linear))
-        self.tables = frozenset(name for name in layers if name not in self._movable and name in weights)
+        linear = frozenset(name for name, layer in layers.items() if isinstance(layer, Linear))
+        self.movable = linear & frozenset(weights)
+        self.tables = frozenset(name for name in layers if name not in linear and name in weights)
         self.packable = frozenset(name for name in layers if keeps_packed and self._gains(name))
 
     @property
     def decodes(self) -> bool:
         """Whether weights of layers that unpack at use are stored in fewer than 16 bits."""
-        owns = (self._weights[name] for name in self._movable if name in self._weights)
+        owns = (self._weights[name] for name in self.movable)
         return any(weight.nbytes < HALF * weight.parameters for weight in owns)
 
     def kept_bytes(self, name: str) -> int:
@@ -91,17 +93,17 @@ class Accounts:
         """The parameters of a block that can be streamed, except those below some prefixes."""
         if block not in self._own:
             own = below((block,))
-            self._own[block] = [name for name in self._weights if name in self._movable and name.startswith(own)]
+            self._own[block] = [name for name in self._weights if name in self.movable and name.startswith(own)]
         apart = below(without)
         return [name for name in self._own[block] if not name.startswith(apart)]
 
     def unpacked_bytes(self, names: Iterable[str]) -> int:
         """The most that one of some parameters takes while a layer unpacks it at use."""
-        return max((self._unpacked(name) for name in names if name in self._movable), default=0)
+        return max((self._unpacked(name) for name in names if name in self.movable), default=0)
 
     def unpacked_together(self, names: Iterable[str]) -> int:
         """What some parameters take that are unpacked at once."""
-        return sum(self._unpacked(name) for name in names if name in self._movable)
+        return sum(self._unpacked(name) for name in names if name in self.movable)
 
     def stored_bytes(self, without: Iterable[str] = ()) -> int:
         """What the parameters take in the file, except those below some prefixes."""

@@ -8,6 +8,7 @@ all, such layers of some of the module's blocks are streamed: see ``streaming``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from ..ops.host_memory import drop_spare
 from ..ops.packed import Embedding, PackedWeight, takes_packed
 from .accounts import Accounts, Sized, below
 from .lanes import Lane, lane_for
+from .outlines import Outline, Outlines
 from .streamed import Passed, StreamedBlocks
 from .streaming import Movable, Unit
 
@@ -38,6 +40,9 @@ class Weight(Sized, Protocol):
 
     def numbers(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor: ...
     def packed(self, device: torch.device | None = None) -> Movable: ...
+    def outline(self, device: torch.device) -> Outline:
+        """What ``packed`` gives for a device, on the meta device in its place; no byte is read."""
+
     def read_into(self, targets: Mapping[str, Tensor]) -> None: ...
     def forget(self) -> None:
         """Let go of pages of a mapped file."""
@@ -151,6 +156,11 @@ class Residency:
         finally:
             for name in borrowed:
                 self._drop(name)
+
+    @functools.cached_property
+    def outlines(self) -> Outlines:
+        """The weights of linear layers as they are stored, for plans."""
+        return Outlines.of_file(self._weights, self.accounts.movable, self.device, self.dtype)
 
     @property
     def resident_bytes(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from ..errors import BudgetError
 from ..memory.accounts import Accounts, Size
 from ..memory.available import available_bytes
+from ..memory.outlines import Outlines
 from ..memory.plan import Rates, RunPlan, StagePlan
 from ..memory.policy import AUTO, KEEP, Needs, Policy, allowed, needs_strips, weights_limit
 from ..memory.spread import Footprint, shares
@@ -25,7 +26,10 @@ from ..specs.autoencoder import AutoencoderSpec
 from ..specs.flux1 import Flux1Spec
 from ..specs.text import ClipTextSpec, T5Spec
 from ..specs.vision import SiglipSpec
+from ..weights.formats.base import DATA
 from ..weights.formats.floats import BF16
+from ..weights.packed import Packed, PackedPart
+from ..weights.renames import Piece, Recipe
 from .modules import block_names, parameter_shapes
 from .parts import BoundPart, Part, packs_on, title_of, widens_at_use
 from .stage_work import Job, cache_bytes, comes_once, module_of, table_bytes, work
@@ -69,6 +73,7 @@ class Planned:
         predictions: How many a transformer makes in a step for each prompt, on the average of the schedule.
         flows: How many different ones there are.
         one_by_one: Whether its blocks run for one picture after the other; see ``one_by_one``.
+        outlines: The weights of its linear layers as they are stored; None where only sizes are known.
     """
 
     spec: Any
@@ -80,6 +85,7 @@ class Planned:
     predictions: float = 1.0
     flows: int = 1
     one_by_one: bool = False
+    outlines: Outlines | None = None
 
     def stays(self, job: Job) -> int:
         """Bytes that stay with its weights: tables of modulations, a step cache, and what is further."""
@@ -106,7 +112,16 @@ def planned_of_spec(spec: Any, dtype: torch.dtype, device: torch.device | None =
     packs = device is not None and widens_at_use(sum(counts.values()), {BF16.name}, device, dtype)
     blocks = block_names(module)
     accounts = Accounts(module, sizes, item=dtype.itemsize, keeps_packed=packs, blocks=blocks)
-    return Planned(spec, accounts, dtype, one_by_one=_one_by_one(spec, device))
+    outlines = None
+    if dtype != torch.bfloat16 and (device is None or device.type != "cpu"):
+        found = {name: _outline_in_bf16(name, shapes[name]) for name in sorted(accounts.movable)}
+        outlines = Outlines("cuda" if device is None else str(device), found)
+    return Planned(spec, accounts, dtype, one_by_one=_one_by_one(spec, device), outlines=outlines)
+
+
+def _outline_in_bf16(name: str, shape: tuple[int, ...]) -> Packed:
+    data = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    return Packed(shape, Recipe((Piece(name),)), {name: PackedPart(BF16, shape, {DATA: data})})
 
 
 def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, available: int) -> Planned:
@@ -121,14 +136,16 @@ def planned_of_file(bound: BoundPart, device: torch.device, dtype: torch.dtype, 
     packs = packs_on(bound, device, dtype, available)
     blocks = block_names(bound.module)
     accounts = Accounts(bound.module, bound.bindings, item=dtype.itemsize, keeps_packed=packs, blocks=blocks)
-    spec = bound.recognised.spec
-    return Planned(spec, accounts, dtype, one_by_one=_one_by_one(spec, device))
+    spec, is_cpu = bound.recognised.spec, device.type == "cpu"
+    outlines = None if is_cpu else Outlines.of_file(bound.bindings, accounts.movable, device, dtype)
+    return Planned(spec, accounts, dtype, one_by_one=_one_by_one(spec, device), outlines=outlines)
 
 
 def planned_of_part(part: Part[Any, Any]) -> Planned:
     """A part that is opened."""
-    one_by_one = _one_by_one(part.spec, part.device)
-    return Planned(part.spec, part.residency.accounts, part.dtype, one_by_one=one_by_one)
+    one_by_one, residency = _one_by_one(part.spec, part.device), part.residency
+    outlines = None if part.device.type == "cpu" else residency.outlines
+    return Planned(part.spec, residency.accounts, part.dtype, one_by_one=one_by_one, outlines=outlines)
 
 
 def _one_by_one(spec: Any, device: torch.device | None) -> bool:
@@ -238,7 +255,15 @@ def plan_run(
     return _with_what_stays(parts, RunPlan(tuple(stages), policy, device, available, rates), job)
 
 
-def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = None, *, in_strips: bool = False) -> int:
+def working_bytes(
+    spec: Any,
+    dtype: torch.dtype,
+    job: Job,
+    stage: str | None = None,
+    *,
+    in_strips: bool = False,
+    packed: Outlines | None = None,
+) -> int:
     """Bytes that a part takes at once beside its weights: activations, and the table of a transformer's modulations.
 
     Args:
@@ -247,11 +272,12 @@ def working_bytes(spec: Any, dtype: torch.dtype, job: Job, stage: str | None = N
         job: What is drawn.
         stage: What it does: "encode" or "decode" of an autoencoder, the part's only one when None.
         in_strips: Whether an autoencoder runs in strips of rows.
+        packed: Weights of linear layers that are unpacked at use.
     """
     only = "vision" if isinstance(spec, SiglipSpec) else ALONE.get(type(spec))
     wanted = stage or only
     assert wanted is not None
-    return work(spec, wanted, dtype, job, in_strips=in_strips).peak + table_bytes(spec, dtype, job)
+    return work(spec, wanted, dtype, job, in_strips=in_strips, packed=packed).peak + table_bytes(spec, dtype, job)
 
 
 def _groups(parts: Sequence[Planned]) -> list[list[Planned]]:
@@ -287,7 +313,7 @@ class _Use:
         apart: The prefixes of what does not stay.
         made: By one pass.
         beside: Bytes that stay with its weights: tables of modulations, a step cache, control LoRAs.
-        unpacked: Bytes of a weight that is unpacked at use, where all stay.
+        unpacked: Bytes that unpacking weights at use takes, or multiplying them as they are stored, where all stay.
         streamed: The same where some are streamed.
         packing: Bytes that libraries keep.
     """
@@ -312,22 +338,45 @@ class _Use:
 
 
 def _use(part: Planned, name: str, job: Job, *, on_cpu: bool) -> _Use:
-    apart, accounts = comes_once(part.spec) if part.apart is None else part.apart, part.accounts
+    apart = comes_once(part.spec) if part.apart is None else part.apart
+    made = _made(part, name, job)
+    traces = not on_cpu and part.outlines is not None
+    unpacked, streamed = _by_trace(part, apart, name, job) if traces else _by_size(part, apart, job, on_cpu=on_cpu)
+    packing = _library_bytes(part, made) if on_cpu else 0
+    return _Use(part, apart, made, part.stays(job), unpacked, streamed, packing)
+
+
+def _made(part: Planned, name: str, job: Job, packed: Outlines | None = None) -> Traced:
+    """By one pass, with weights that stand as they are used, but for those that are given."""
+    return work(
+        part.spec, name, part.dtype, replace(job, pictures=1), one_by_one=part.one_by_one, packed=packed or None
+    )  # fmt: skip
+
+
+def _by_size(part: Planned, apart: tuple[str, ...], job: Job, *, on_cpu: bool) -> tuple[int, int]:
+    """Bytes for what is unpacked at use, where all stays, and where some is streamed: of the largest weight."""
+    accounts = part.accounts
     # What is unpacked once is kept, on a CPU, for the next taker (``ops.host_memory``): the largest modulation layer.
     once = accounts.unpacked_bytes(name for prefix in apart for name in accounts.names_in(prefix)) if on_cpu else 0
-    made = work(part.spec, name, part.dtype, replace(job, pictures=1), one_by_one=part.one_by_one)
     blocks = [accounts.names_in(block, apart) for block in accounts.blocks]
     alone = max(once, accounts.unpacked_bytes(accounts.packable))
     # Of several pictures that run one after the other a block's weights are unpacked together, where nothing streams.
     held = blocks if part.one_by_one and job.batch > 1 else []
     together = [accounts.unpacked_together(name for name in names if name in accounts.packable) for names in held]
-    return _Use(
-        part, apart, made,
-        beside=part.stays(job),
-        unpacked=max([alone, *together]),
-        streamed=max(alone, accounts.unpacked_bytes(name for names in blocks for name in names)),
-        packing=_library_bytes(part, made) if on_cpu else 0,
-    )  # fmt: skip
+    return max([alone, *together]), max(alone, accounts.unpacked_bytes(name for names in blocks for name in names))
+
+
+def _by_trace(part: Planned, apart: tuple[str, ...], name: str, job: Job) -> tuple[int, int]:
+    """The same where memory comes back at once: what the pass takes more with such weights."""
+    outlines, accounts = part.outlines, part.accounts
+    assert outlines is not None
+    in_blocks = {own for block in accounts.blocks for own in accounts.names_in(block, apart)}
+    plain = _made(part, name, job).peak
+    stays, streams = (
+        max(0, _made(part, name, job, outlines.of(names)).peak - plain)
+        for names in (accounts.packable, accounts.packable | in_blocks)
+    )
+    return stays, streams
 
 
 def _together_needs(uses: Sequence[_Use]) -> Needs:

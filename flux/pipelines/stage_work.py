@@ -9,7 +9,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.channels import CELL
+from ..memory.outlines import Outlines
 from ..memory.tracing import Traced, trace
 from ..models.flux1 import Conditions, Flux1
 from ..models.positions import image_ids, reference_ids, text_ids
@@ -111,12 +112,34 @@ _one_at_a_time = threading.Lock()  # runs change the module, which all have in c
 
 @functools.lru_cache(256)
 def work(
-    spec: Any, stage: str, dtype: torch.dtype, job: Job, *, in_strips: bool = False, one_by_one: bool = False
+    spec: Any,
+    stage: str,
+    dtype: torch.dtype,
+    job: Job,
+    *,
+    in_strips: bool = False,
+    one_by_one: bool = False,
+    packed: Outlines | None = None,
 ) -> Traced:
-    """What one pass of a stage makes; a transformer's blocks may run for one picture after the other."""
+    """What one pass of a stage makes.
+
+    Args:
+        spec: Of the part.
+        stage: What it does.
+        dtype: That it computes with.
+        job: What is drawn.
+        in_strips: Whether an autoencoder runs in strips of rows.
+        one_by_one: Whether a transformer's blocks run for one picture after the other.
+        packed: Weights that are unpacked at use, or multiplied as they are stored.
+    """
     module = module_of(spec, dtype)
     runs = Striped(module) if in_strips else module
-    with _one_at_a_time, pictures_one_by_one(module) if one_by_one else nullcontext():
+    with ExitStack() as held:
+        held.enter_context(_one_at_a_time)
+        if one_by_one:
+            held.enter_context(pictures_one_by_one(module))
+        if packed is not None:
+            held.enter_context(packed.fitted(module))
         return trace(module, functools.partial(WORK[type(spec)], runs, spec, stage, dtype, job))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,11 +85,16 @@ class Binding:
 
     def packed(self, device: torch.device | None = None) -> Packed:
         """The parameter as it is stored; on the CPU a view of the file."""
+        return self._packed(lambda source: source.stored(device))
+
+    def outline(self, device: torch.device) -> Packed:
+        """The parameter as ``packed`` gives it for a device, on the meta device in its place; no byte is read."""
+        return self._packed(lambda source: source.outline(device))
+
+    def _packed(self, stored: Callable[[Source], Mapping[str, Tensor]]) -> Packed:
         alone = self.recipe.only_renames
         parts = {
-            name: PackedPart(
-                source.format, self.shape if alone else source.shape, source.stored(device), source.multiplies
-            )
+            name: PackedPart(source.format, self.shape if alone else source.shape, stored(source), source.multiplies)
             for name, source in self.sources.items()
         }
         return Packed(self.shape, self.recipe, parts)

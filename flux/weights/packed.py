@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +56,17 @@ class Packed:
     def formats(self) -> tuple[Format, ...]:
         """Of the stored tensors, each once."""
         return tuple(dict.fromkeys(part.format for part in self.parts.values()))
+
+    @property
+    def kind(self) -> Hashable:
+        """All that unpacking it, or a product with it, takes memory by: equal for weights of which that is the same."""
+        parts = tuple((part.format.name, part.shape, part.multiplies) for part in self.parts.values())
+        stored = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors().items())
+        return self.shape, self.recipe, parts, stored
+
+    def stands_as(self, dtype: torch.dtype) -> bool:
+        """Whether its numbers in a type are the stored ones themselves, of which no copy is made."""
+        return self.recipe.only_renames and [tensor.dtype for tensor in self.tensors().values()] == [dtype]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor: by role where there is one stored tensor, else by its place and role ("1.scale")."""

@@ -115,6 +115,10 @@ class Source:
         self.forget()
         return moved
 
+    def outline(self, device: torch.device) -> dict[str, Tensor]:
+        """What ``stored`` would give on a device, on the meta device in its place; no byte is read."""
+        return {role: for_device(self.file.stored(name).to("meta"), device) for role, name in self.parts.items()}
+
     def numbers(
         self, dtype: torch.dtype, device: torch.device | None = None, shape: tuple[int, ...] | None = None
     ) -> Tensor:

@@ -22,7 +22,7 @@ from ...flux.errors import FluxFoundryError, MismatchError
 from ...flux.memory.exhaustion import is_exhausted
 from ...flux.memory.policy import Policy
 from ...flux.mini.files import MINI as MINI_FILES
-from ...flux.pipelines.planning import Job, working_bytes
+from ...flux.pipelines.planning import Job
 from ...flux.pipelines.text_to_image import GRID
 from ...flux.sampling.packing import PATCH
 from ...flux.sampling.schedules import flux1_mu
@@ -84,9 +84,8 @@ class FoundryFlux(comfy.model_base.Flux):
         """
         unpacked = max((layer.unpacked_bytes for layer in self._packed_layers()), default=0)
         for own in (one for one in residents_of(self) if one.policy.budget is not None):
-            own.working = unpacked + working_bytes(
-                self.spec, self.get_dtype_inference(), job_of_shapes(input_shape, cond_shapes)
-            )
+            job = job_of_shapes(input_shape, cond_shapes)
+            own.working = own.working_for(self.spec, self.get_dtype_inference(), job, unpacked)
         needed: float = super().memory_required(input_shape, cond_shapes or {})
         return needed + unpacked
 

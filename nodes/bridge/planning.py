@@ -17,6 +17,7 @@ from ...flux.adapters.channels import CELL
 from ...flux.errors import UserError
 from ...flux.memory.accounts import Accounts
 from ...flux.memory.metering import StageActual
+from ...flux.memory.outlines import Outlines
 from ...flux.memory.plan import RunPlan
 from ...flux.memory.policy import Policy
 from ...flux.memory.rates import measure_rates
@@ -30,7 +31,7 @@ from ...flux.pipelines.text_to_image import round_size
 from ...flux.specs.fit import Given
 from .experts import our_spec
 from .ledger import AS_LOADED, report_of
-from .residents import residents_of
+from .residents import outlines_of, residents_of
 from .step_cache import has_step_cache
 from .weights import HOSTS
 
@@ -111,7 +112,7 @@ def _planned(model: Any, given: Given, dtype: torch.dtype, *, stored: torch.dtyp
     own = next((one for one in residents_of(model) if one.title == title_of(given.found.spec)), None)
     if own is None:
         return functools.partial(_of_file, given, dtype, stored)
-    planned = Planned(given.found.spec, own.accounts, dtype, own.policy, own.apart)
+    planned = Planned(given.found.spec, own.accounts, dtype, own.policy, own.apart, outlines=own.outlines)
     return lambda policy: replace(planned, policy=policy or planned.policy)
 
 
@@ -126,20 +127,26 @@ def _of_file(given: Given, dtype: torch.dtype, stored: torch.dtype, policy: Poli
     """
     spec, kind = given.found.spec, given.found.kind
     if policy is None or kind == "autoencoder":
-        return Planned(spec, _accounts(given.path, kind, spec.name, stored, packed=False), dtype, HOSTS, ())
-    return Planned(spec, _accounts(given.path, kind, spec.name, dtype, packed=True), dtype, policy)
+        accounts, _ = _weights_of(given.path, kind, spec.name, stored, packed=False)
+        return Planned(spec, accounts, dtype, HOSTS, ())
+    accounts, outlines = _weights_of(given.path, kind, spec.name, dtype, packed=True)
+    return Planned(spec, accounts, dtype, policy, outlines=outlines)
 
 
-def _accounts(path: Path, kind: str, variant: str, dtype: torch.dtype, *, packed: bool) -> Accounts:
-    """Of one part of a file as it is now."""
-    return _accounts_of(path, path.stat().st_mtime_ns, kind, variant, dtype, packed=packed)
+Found = tuple[Accounts, Outlines | None]
+
+
+def _weights_of(path: Path, kind: str, variant: str, dtype: torch.dtype, *, packed: bool) -> Found:
+    """Of one part of a file as it is now: what they take, and how they are stored."""
+    return _found_in(path, path.stat().st_mtime_ns, kind, variant, dtype, packed=packed)
 
 
 @functools.lru_cache(16)
-def _accounts_of(path: Path, _: int, kind: str, variant: str, dtype: torch.dtype, *, packed: bool) -> Accounts:
+def _found_in(path: Path, _: int, kind: str, variant: str, dtype: torch.dtype, *, packed: bool) -> Found:
     bound = bind_part(path, kind, variant if kind == "transformer" else None)
     blocks = block_names(bound.module)
-    return Accounts(bound.module, bound.bindings, item=dtype.itemsize, keeps_packed=packed, blocks=blocks)
+    accounts = Accounts(bound.module, bound.bindings, item=dtype.itemsize, keeps_packed=packed, blocks=blocks)
+    return accounts, outlines_of(bound.bindings, accounts, dtype) if packed else None
 
 
 def parts_of(model: Any, clip: Any, vae: Any, tower: Any, policy: Policy | None) -> list[Planned]:

@@ -8,7 +8,7 @@ the host needs room, blocks go one by one, and what went is streamed from its fi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...flux.memory.accounts import Accounts
 from ...flux.memory.lanes import lane_for
+from ...flux.memory.outlines import Outlines
 from ...flux.memory.policy import AUTO, Needs, Policy, weights_limit
 from ...flux.memory.spread import Footprint
 from ...flux.memory.streamed import Passed, StreamedBlocks
@@ -29,12 +30,13 @@ from ...flux.pipelines.modules import block_names
 from ...flux.pipelines.parts import title_of
 from ...flux.pipelines.plan_picture import spelled
 from ...flux.pipelines.planning import Job, working_bytes
+from ...flux.weights.binding import Binding
 from ...flux.weights.packed import Packed
 from .packed import PackedLinear, PackedPatcher, PatchAtUse
 from .progress import say
 from .weights import Weights
 
-__all__ = ["FoundryPatcher", "Residents", "files_held", "residents_of", "under_policy"]
+__all__ = ["FoundryPatcher", "Residents", "files_held", "outlines_of", "residents_of", "under_policy"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Residents:
         apart: Layers that never stay.
 
     Attributes:
+        outlines: Its weights as layers have them on the device; None on a CPU.
         footprint: What is where now; None while nothing is loaded.
         flow: What is streamed.
         title: What it is called.
@@ -89,9 +92,24 @@ class Residents:
             item=max(dtype.itemsize, weights.stored.itemsize), keeps_packed=True,
             blocks=block_names(weights.bound.module),
         )  # fmt: skip
-        self.working = 0 if policy.budget is None else working_bytes(weights.spec, dtype, ANY) + self._unpacked_bytes()
+        self.outlines = outlines_of(self._bindings, self.accounts, dtype)
+        self.working = (
+            0 if policy.budget is None else self.working_for(weights.spec, dtype, ANY, self._unpacked_bytes())
+        )
         self.flow = StreamedBlocks(module, self.accounts.blocks)
         self._streamed: tuple[int, ...] = ()
+
+    def working_for(self, spec: Any, dtype: torch.dtype, job: Job, unpacked: int) -> int:
+        """Bytes that a run takes besides.
+
+        Args:
+            spec: What the module is.
+            dtype: That it computes with.
+            job: What is drawn.
+            unpacked: Bytes of one layer's weight while it is unpacked, and patched.
+        """
+        plain = working_bytes(spec, dtype, job) + unpacked
+        return plain if self.outlines is None else max(plain, working_bytes(spec, dtype, job, packed=self.outlines))
 
     def _unpacked_bytes(self) -> int:
         """What one layer's weight takes while it is unpacked at use."""
@@ -158,6 +176,20 @@ class Residents:
         names = self.accounts.names_in(self.accounts.blocks[place], self.apart)
         layers = ((name, self.module.get_submodule(name.rpartition(".")[0])) for name in names)
         return Unit(place, tuple((_Place(layer), self._bindings[name]) for name, layer in layers))
+
+
+def outlines_of(bindings: Mapping[str, Binding], accounts: Accounts, dtype: torch.dtype) -> Outlines | None:
+    """Weights as they are in a file, for plans of what runs on the host's device; None on a CPU.
+
+    Args:
+        bindings: Of all parameters.
+        accounts: Of them.
+        dtype: Of their numbers where they are used.
+    """
+    device = comfy.model_management.get_torch_device()
+    if comfy.model_management.is_device_cpu(device):
+        return None
+    return Outlines.of_file(bindings, accounts.movable, device, dtype)
 
 
 def under_policy(model: nn.Module, residents: Sequence[Residents]) -> None:

@@ -36,8 +36,8 @@ def fp8_units(device: torch.device, *, per_row: bool = False) -> bool:
 
 
 def fp4_units(device: torch.device) -> bool:
-    """Whether a device multiplies nvfp4 and mxfp8."""
-    return capability(str(device)) >= FP4_CAPABILITY
+    """Whether a device multiplies nvfp4 and mxfp8. Of the package's kernels the meta device knows nothing."""
+    return device.type != "meta" and capability(str(device)) >= FP4_CAPABILITY
 
 
 @functools.cache

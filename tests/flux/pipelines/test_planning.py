@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.random_weights import draw, open_random
 from flux.errors import BudgetError, UserError
 from flux.memory.plan import Rates
 from flux.memory.policy import GIB, Policy, read_policy
 from flux.mini.files import open_mini
-from flux.pipelines.planning import Job, grant, plan_run, planned_of_spec
+from flux.ops import devices
+from flux.pipelines import stage_work
+from flux.pipelines.modules import parameter_shapes
+from flux.pipelines.planning import Job, grant, plan_run, planned_of_part, planned_of_spec
 from flux.specs.autoencoder import AUTOENCODERS
 from flux.specs.flux1 import FLUX1
 from flux.specs.text import CLIP_L, T5_XXL
 from flux.specs.vision import VISION_TOWERS
+from flux.weights.formats import chunks
 
 BF16 = torch.bfloat16
 SQUARE = Job(width=1024, height=1024)
@@ -208,3 +214,50 @@ def test_a_picture_that_is_too_large_for_one_piece_is_granted_strips_though_weig
     granted = grant([model.autoencoder], Job(width=8192, height=8192), Policy())
     assert granted.in_strips == {"decode"}
     assert grant([model.autoencoder], Job(width=128, height=128), Policy()).in_strips == set()
+
+
+SMALL = replace(FLUX1["flux1-mini"], name="small", double_blocks=2, single_blocks=2)
+TURING, HOPPER = (7, 5), (9, 0)
+CHUNK = 1 << 12  # numbers that are unpacked at once
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """What the one card is of, and a transformer of random weights on it, of which none is there yet."""
+
+    def part(number, stored, dtype=BF16):
+        monkeypatch.setattr(chunks, "DEVICE_CHUNK", CHUNK)
+        monkeypatch.setattr(devices, "_capability", lambda device: number if device.startswith("cuda") else (0, 0))
+        stage_work.work.cache_clear()  # of plans for a card of another generation by the same name
+        return planned_of_part(
+            open_random(SMALL, draw(SMALL, torch.device("cpu"), stored), torch.device("cuda"), dtype)
+        )
+
+    yield part
+    stage_work.work.cache_clear()
+
+
+def workspace(part, side, policy="keep"):
+    [stage] = plan([part], policy, Job(width=side, height=side)).stages
+    return stage.workspace
+
+
+def test_cards_that_multiply_fp8_unpack_nothing(card):
+    """They narrow what goes in, so that large pictures take more; others unpack a matrix, whatever the picture."""
+    old, new = ([workspace(card(number, "fp8"), side) for side in (64, 512)] for number in (TURING, HOPPER))
+    largest = max(
+        2 * math.prod(shape) for name, shape in parameter_shapes(SMALL).items() if "blocks" in name and len(shape) == 2
+    )
+    assert 0 < old[0] <= largest + 4 * CHUNK
+    assert old[1] <= largest + 4 * CHUNK
+    assert new[0] < old[0]
+    assert new[1] > 4 * new[0]
+    assert new[1] > largest
+
+
+def test_numbers_of_another_type_are_cast_where_they_are_streamed(card):
+    assert workspace(card(TURING, "bf16"), 256, "save") == 0
+    in_fp16 = card(TURING, "bf16", torch.float16)
+    assert workspace(in_fp16, 64) == 0, "those that stay were cast when they came"
+    assert workspace(in_fp16, 64, "save") > 0
+    assert workspace(planned_of_spec(SMALL, torch.float16), 64, "save") == workspace(in_fp16, 64, "save")
