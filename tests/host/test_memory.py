@@ -217,6 +217,13 @@ def test_a_plan_tells_every_stage_and_the_same_as_what_is_loaded(host: Host) -> 
     assert f"{resident['loaded'] / (1 << 20):.1f} MiB" in rows["transformer"]
 
 
+def test_on_a_card_what_unpacking_takes_counts_beside_a_budget(host: Host) -> None:
+    said = host.succeed({**load(memory="budget", budget=1.0), "out": node("ProbeOnACard", model=["model", 0])}).report()
+    assert said["outlined"] == [False, True]
+    assert said["there"] > said["here"]
+    assert 0 < said["run"] < said["there"], "of a smaller picture"
+
+
 @pytest.mark.parametrize("policy", ["keep", "save"])
 def test_a_plan_under_another_policy_is_the_plan_of_a_model_that_was_loaded_so(host: Host, policy: str) -> None:
     told = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import sys
 import threading
+from unittest import mock
 
 import comfy.model_management
 import comfy.utils
@@ -84,6 +86,23 @@ def give_way(model):
         report["there"] &= all_there(model)
     comfy.model_management.load_models_gpu([model])
     return {**report, "back": model.loaded_size(), "size": model.model_size()}
+
+
+def on_a_card(model):
+    """What a run takes beside weights here, and where plans are those of a card, which unpacks them as they run."""
+    [own] = model.residents
+    home, management = sys.modules[type(own).__module__], comfy.model_management
+    spec, dtype = model.model.spec, model.model.get_dtype_inference()
+    here, outlines = own.working_for(spec, dtype, home.ANY, 0), own.outlines
+    with mock.patch.multiple(
+        management, get_torch_device=lambda: torch.device("cuda"), is_device_cpu=lambda device: False
+    ):
+        own.outlines = home.outlines_of(own._bindings, own.accounts, dtype)
+    there = own.working_for(spec, dtype, home.ANY, 0)
+    model.model.memory_required((1, 16, 8, 8))
+    report = {"outlined": [outlines is not None, bool(own.outlines)], "here": here, "there": there, "run": own.working}
+    own.outlines = outlines
+    return report
 
 
 @contextlib.contextmanager
@@ -353,6 +372,7 @@ class ProbeTold(io.ComfyNode):
 NODES = [
     probe("ProbeResidents", residents), probe("ProbeGiveWay", give_way), ProbeSmallCard,
     probe("ProbePatched", patched), probe("ProbeFlags", flags), probe("ProbeRunsOut", runs_out),
+    probe("ProbeOnACard", on_a_card),
     ProbeOthersFirst, ProbeThreads, ProbeSeen,
     ProbeStrips,
     ProbeTold,
