@@ -26,6 +26,7 @@ __all__ = ["fp8_product", "fp8_units", "has_units", "kitchen", "mxfp8_product", 
 FP8_CAPABILITY, ROW_CAPABILITY, FP4_CAPABILITY = (8, 9), (9, 0), (10, 0)
 MULTIPLE = 16  # that K and N must be of
 SMALLEST_SCALE = 1e-12
+AT_A_TIME = 1 << 23  # numbers, 16 MiB of 16 bits
 NVFP4_RANGE = 448.0 * 6.0
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -76,16 +77,30 @@ def fp8_product(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None:
     low, high = x.aminmax(dim=1, keepdim=True) if per_row else x.aminmax()
     largest = torch.maximum(high, -low)
     own = (largest.float() / E4M3_MAX).clamp_min(max(SMALLEST_SCALE, torch.finfo(x.dtype).tiny)).to(x.dtype)
-    narrow = (x / own).to(E4M3)  # the largest is at most 2^-7 above fp8's, which is rounded down to it
     theirs = torch.ones((), device=x.device) if scale is None else scale.float()
     theirs = theirs.reshape(1, -1) if per_row else theirs.reshape(())
     # The result of a row-wise product is bf16 in cuBLAS; fp16 takes the way over it.
     kind = torch.bfloat16 if per_row else x.dtype
     out: Tensor = torch._scaled_mm(
-        narrow, data.t(), scale_a=own.float(), scale_b=theirs, bias=None if bias is None else bias.to(kind),
+        _narrowed(x, own), data.t(), scale_a=own.float(), scale_b=theirs, bias=None if bias is None else bias.to(kind),
         out_dtype=kind, use_fast_accum=True,
     )  # fmt: skip
     return out.to(x.dtype)
+
+
+def _narrowed(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale`` in fp8, some rows at a time: what stands between is small, and finds itself in the card's cache.
+
+    Args:
+        x: (M, K), whose largest number is at most 2^-7 above fp8's by the scale, and so is rounded down to it.
+        scale: One number, or (M, 1).
+    """
+    narrow = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    step = max(1, AT_A_TIME // x.shape[1])
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
+        narrow[rows] = x[rows] / (scale[rows] if scale.dim() else scale)
+    return narrow
 
 
 def nvfp4_product(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None:

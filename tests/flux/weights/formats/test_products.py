@@ -45,6 +45,13 @@ def test_fp8(units, row, per_row, bias):
     assert 0 < error(found, row, parts, bias) < FP8_ERROR
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_inputs_are_narrowed_some_rows_at_a_time_to_the_same_bits(units, monkeypatch, per_row):
+    whole = fp8_product(encode_fp8(WEIGHT, per_row), X, BIAS)
+    monkeypatch.setattr(products, "AT_A_TIME", 3 * COLUMNS)
+    assert torch.equal(fp8_product(encode_fp8(WEIGHT, per_row), X, BIAS), whole)
+
+
 def test_large_inputs_do_not_overflow(units):
     found = fp8_product(encode_fp8(WEIGHT, False), X * 1e4, None)
     plain = fp8_product(encode_fp8(WEIGHT, False), X, None)
