@@ -23,7 +23,7 @@ from flux.specs.fit import Given
 from flux.specs.flux1 import Flux1Spec
 from flux.specs.recognition import Recognised
 from flux.weights.formats.base import DATA, Format
-from flux.weights.formats.floats import BF16, E4M3, E4M3_MAX
+from flux.weights.formats.floats import BF16, E4M3, E4M3_MAX, for_device
 from flux.weights.formats.scaled import FP8_E4M3FN_SCALED, SCALE
 from flux.weights.packed import Packed, PackedPart
 from flux.weights.renames.plans import Piece, Recipe
@@ -62,7 +62,8 @@ class HostWeight:
         return self.kept if device is None else self.kept.to(device)
 
     def outline(self, device: torch.device) -> Packed:
-        return self.kept.to(torch.device("meta"))
+        kept = {name: for_device(tensor.to("meta"), device) for name, tensor in self.kept.tensors().items()}
+        return self.kept.with_tensors(kept)
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         for name, tensor in self.kept.tensors().items():

@@ -7,16 +7,21 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.devices import standing_for
 from ..ops.packed import PackedWeight
+from .tracing import Tracer
 
 __all__ = ["Outline", "Outlined", "Outlines"]
 
 
 class Outline(PackedWeight, Protocol):
     """A packed weight on the meta device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
 
     @property
     def kind(self) -> Hashable:
@@ -58,14 +63,15 @@ class Outlines:
 
     def __init__(self, device: str, weights: Mapping[str, Outline]) -> None:
         self._device, self._weights = device, dict(weights)
-        self._kind = device, tuple((name, weight.kind) for name, weight in self._weights.items())
-        self._hash = hash(self._kind)
+        self._kinds = {name: weight.kind for name, weight in self._weights.items()}
+        self._unpackings: dict[Hashable, int] = {}  # what comes and goes while numbers are made
+        self._hash = hash((device, tuple(self._kinds.items())))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Outlines) and self._kind == other._kind
+        return isinstance(other, Outlines) and (self._device, self._kinds) == (other._device, other._kinds)
 
     def __bool__(self) -> bool:
         return bool(self._weights)
@@ -77,8 +83,10 @@ class Outlines:
     @contextmanager
     def fitted(self, module: nn.Module) -> Iterator[None]:
         """Have a module on the meta device run with them inside the block."""
-        layers: list[tuple[Any, Outline]]
-        layers = [(module.get_submodule(name.rpartition(".")[0]), own) for name, own in self._weights.items()]
+        layers: list[tuple[Any, PackedWeight]] = [
+            (module.get_submodule(name.rpartition(".")[0]), _Fitted(own, self._kinds[name], self._unpackings))
+            for name, own in self._weights.items()
+        ]
         try:
             with standing_for(self._device):
                 for layer, weight in layers:
@@ -87,3 +95,34 @@ class Outlines:
         finally:
             for layer, _ in layers:
                 layer.packed = None
+
+
+class _Fitted:
+    """An outline in a layer. Of weights that take the same one is unpacked, and the others are as if they were.
+
+    Args:
+        weight: The outline.
+        kind: Its own.
+        unpackings: Bytes beside the numbers that unpacking takes at most, by kind and type.
+    """
+
+    def __init__(self, weight: Outline, kind: Hashable, unpackings: dict[Hashable, int]) -> None:
+        self._weight, self._kind, self._unpackings = weight, kind, unpackings
+        self.device, self.nbytes = weight.device, weight.nbytes
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        key = self._kind, dtype
+        if key not in self._unpackings:
+            with Tracer() as tracer:
+                out = self._weight.numbers(dtype)
+            self._unpackings[key] = tracer.peak - tracer.live
+            return out
+        out = torch.empty(self._weight.shape, dtype=dtype, device=self.device)
+        torch.empty(self._unpackings[key], dtype=torch.uint8, device=self.device)
+        return out
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._weight.rows(places, dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        return self._weight.product(x, bias)

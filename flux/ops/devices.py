@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["capability", "standing_for"]
+__all__ = ["capability", "standing_for", "type_of"]
 
 META = "meta"
 
@@ -31,6 +31,11 @@ def standing_for(device: str) -> Iterator[None]:
         yield
     finally:
         _own.device = before
+
+
+def type_of(device: torch.device) -> str:
+    """A device's type; of the meta device that of the one which it stands for."""
+    return torch.device(_own.device).type if device.type == META else device.type
 
 
 def capability(device: str) -> tuple[int, int]:

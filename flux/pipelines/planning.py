@@ -348,9 +348,7 @@ def _use(part: Planned, name: str, job: Job, *, on_cpu: bool) -> _Use:
 
 def _made(part: Planned, name: str, job: Job, packed: Outlines | None = None) -> Traced:
     """By one pass, with weights that stand as they are used, but for those that are given."""
-    return work(
-        part.spec, name, part.dtype, replace(job, pictures=1), one_by_one=part.one_by_one, packed=packed or None
-    )  # fmt: skip
+    return work(part.spec, name, part.dtype, replace(job, pictures=1), one_by_one=part.one_by_one, packed=packed)
 
 
 def _by_size(part: Planned, apart: tuple[str, ...], job: Job, *, on_cpu: bool) -> tuple[int, int]:

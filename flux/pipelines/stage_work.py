@@ -110,7 +110,6 @@ def module_of(spec: Any, dtype: torch.dtype) -> Any:
 _one_at_a_time = threading.Lock()  # runs change the module, which all have in common
 
 
-@functools.lru_cache(256)
 def work(
     spec: Any,
     stage: str,
@@ -132,6 +131,13 @@ def work(
         one_by_one: Whether a transformer's blocks run for one picture after the other.
         packed: Weights that are unpacked at use, or multiplied as they are stored.
     """
+    return _work(spec, stage, dtype, job, in_strips, one_by_one, packed or None)
+
+
+@functools.lru_cache(256)
+def _work(
+    spec: Any, stage: str, dtype: torch.dtype, job: Job, in_strips: bool, one_by_one: bool, packed: Outlines | None
+) -> Traced:
     module = module_of(spec, dtype)
     runs = Striped(module) if in_strips else module
     with ExitStack() as held:

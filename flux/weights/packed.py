@@ -60,9 +60,11 @@ class Packed:
     @property
     def kind(self) -> Hashable:
         """All that unpacking it, or a product with it, takes memory by: equal for weights of which that is the same."""
+        places = {name: place for place, name in enumerate(self.parts)}
+        pieces = tuple((places[one.name], one.start, one.stop, one.of) for one in self.recipe.pieces)
         parts = tuple((part.format.name, part.shape, part.multiplies) for part in self.parts.values())
         stored = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors().items())
-        return self.shape, self.recipe, parts, stored
+        return self.shape, pieces, self.recipe.shares, self.recipe.reshape, parts, stored
 
     def stands_as(self, dtype: torch.dtype) -> bool:
         """Whether its numbers in a type are the stored ones themselves, of which no copy is made."""

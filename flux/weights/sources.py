@@ -51,6 +51,9 @@ class ModelFile(Protocol):
     def stored(self, name: str, /) -> Tensor:
         """A tensor as it stands in the file; not to be written to."""
 
+    def outline(self, name: str, /) -> Tensor:
+        """What ``stored`` gives, on the meta device: by the header alone."""
+
     def read_into(self, name: str, target: Tensor, /) -> None:
         """Read a tensor's bytes into memory (n,) of the caller's."""
 
@@ -117,7 +120,7 @@ class Source:
 
     def outline(self, device: torch.device) -> dict[str, Tensor]:
         """What ``stored`` would give on a device, on the meta device in its place; no byte is read."""
-        return {role: for_device(self.file.stored(name).to("meta"), device) for role, name in self.parts.items()}
+        return {role: for_device(self.file.outline(name), device) for role, name in self.parts.items()}
 
     def numbers(
         self, dtype: torch.dtype, device: torch.device | None = None, shape: tuple[int, ...] | None = None

@@ -200,7 +200,7 @@ def load_clip(clip_path: str, t5_path: str, t5_length: int = 512, memory: Policy
     if any(packed):
         holders = result.cond_stage_model.named_children()
         under_policy(result.cond_stage_model, [
-            Residents(holder.transformer, f"{name}.transformer.", weights, own.compute, memory, ())
+            Residents(holder.transformer, f"{name}.transformer.", weights, own.compute, memory, (), device)
             for (name, holder), weights, own, layers in zip(holders, parts, numbers, packed, strict=True) if layers
         ])  # fmt: skip
         result.patcher = _packed_patcher(result.patcher)

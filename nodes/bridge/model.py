@@ -182,7 +182,7 @@ def load_model(
     if packed:
         own = Residents(
             model.diffusion_model, "diffusion_model.", weights, numbers.compute, memory,
-            model.diffusion_model.modulation_layers(),
+            model.diffusion_model.modulation_layers(), device,
         )  # fmt: skip
         under_policy(model, [own])
         patcher: Any = FoundryPatcher(model, load_device=device, offload_device=offload)

@@ -146,7 +146,9 @@ def _found_in(path: Path, _: int, kind: str, variant: str, dtype: torch.dtype, *
     bound = bind_part(path, kind, variant if kind == "transformer" else None)
     blocks = block_names(bound.module)
     accounts = Accounts(bound.module, bound.bindings, item=dtype.itemsize, keeps_packed=packed, blocks=blocks)
-    return accounts, outlines_of(bound.bindings, accounts, dtype) if packed else None
+    management = comfy.model_management
+    device = management.get_torch_device() if kind == "transformer" else management.text_encoder_device()
+    return accounts, outlines_of(bound.bindings, accounts, dtype, device) if packed else None
 
 
 def parts_of(model: Any, clip: Any, vae: Any, tower: Any, policy: Policy | None) -> list[Planned]:

@@ -71,6 +71,7 @@ class Residents:
         dtype: Of its numbers where they are used.
         policy: What the user grants.
         apart: Layers that never stay.
+        device: Where it will run.
 
     Attributes:
         outlines: Its weights as layers have them on the device; None on a CPU.
@@ -81,7 +82,14 @@ class Residents:
     """
 
     def __init__(
-        self, module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype, policy: Policy, apart: Iterable[str]
+        self,
+        module: nn.Module,
+        prefix: str,
+        weights: Weights,
+        dtype: torch.dtype,
+        policy: Policy,
+        apart: Iterable[str],
+        device: torch.device,
     ) -> None:
         self.module, self.prefix, self.policy, self.apart = module, prefix, policy, tuple(apart)
         self.title = title_of(weights.spec)
@@ -92,7 +100,7 @@ class Residents:
             item=max(dtype.itemsize, weights.stored.itemsize), keeps_packed=True,
             blocks=block_names(weights.bound.module),
         )  # fmt: skip
-        self.outlines = outlines_of(self._bindings, self.accounts, dtype)
+        self.outlines = outlines_of(self._bindings, self.accounts, dtype, device)
         self.working = (
             0 if policy.budget is None else self.working_for(weights.spec, dtype, ANY, self._unpacked_bytes())
         )
@@ -178,15 +186,17 @@ class Residents:
         return Unit(place, tuple((_Place(layer), self._bindings[name]) for name, layer in layers))
 
 
-def outlines_of(bindings: Mapping[str, Binding], accounts: Accounts, dtype: torch.dtype) -> Outlines | None:
-    """Weights as they are in a file, for plans of what runs on the host's device; None on a CPU.
+def outlines_of(
+    bindings: Mapping[str, Binding], accounts: Accounts, dtype: torch.dtype, device: torch.device
+) -> Outlines | None:
+    """Weights as they are in a file, for plans of what runs on a device; None on a CPU.
 
     Args:
         bindings: Of all parameters.
         accounts: Of them.
         dtype: Of their numbers where they are used.
+        device: Where that is.
     """
-    device = comfy.model_management.get_torch_device()
     if comfy.model_management.is_device_cpu(device):
         return None
     return Outlines.of_file(bindings, accounts.movable, device, dtype)

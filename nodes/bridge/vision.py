@@ -189,7 +189,7 @@ def _managed(weights: Weights, build: Build, memory: Policy = HOSTS, *, plain: b
     archive_dtypes(module)
     if packed:
         pack_layers(module, packed, numbers.weights, numbers.compute)
-        under_policy(module, [Residents(module, "", weights, numbers.compute, memory, ())])
+        under_policy(module, [Residents(module, "", weights, numbers.compute, memory, (), device)])
         patcher: Any = FoundryPatcher(module, load_device=device, offload_device=offload)
     else:
         patcher = patch(module, device, offload, plain=plain)

@@ -65,7 +65,11 @@ def look_up(
 
 
 def in_chunks(
-    numbers_of: Callable[[int, int], Tensor], out: Tensor, scales: Tensor | None = None, run: int | None = None
+    numbers_of: Callable[[int, int], Tensor],
+    out: Tensor,
+    scales: Tensor | None = None,
+    run: int | None = None,
+    then: Callable[[Tensor], Tensor] = lambda numbers: numbers,
 ) -> Tensor:
     """Numbers that are made chunk by chunk, times the scales of their runs: for accelerators.
 
@@ -74,13 +78,16 @@ def in_chunks(
         out: Where they go, (n,) in all, rounded once.
         scales: See ``look_up``.
         run: See ``look_up``.
+        then: Takes the products of a chunk, and gives what they become, in fp32. A chunk has whole runs; where a single
+            scale is for all, ``DEVICE_CHUNK`` numbers, but for the last.
 
     Returns:
         ``out``.
     """
     length = run or max(1, out.numel())
     for start, stop in _spans(out.numel(), length, DEVICE_CHUNK, scales):
-        out[start:stop] = scale_runs(numbers_of(start, stop), _scales_of(scales, start, stop, length), length)
+        # Without a name, so that nothing of a chunk is there any more when the next one is made.
+        out[start:stop] = then(scale_runs(numbers_of(start, stop), _scales_of(scales, start, stop, length), length))
     return out
 
 

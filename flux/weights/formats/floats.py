@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...ops.devices import type_of
 from ...ops.dtypes import ONE_BYTE_FLOATS, WITHOUT_FP8, held_as
 from .base import DATA, Format, Parts
 from .chunks import BYTE_VALUES, as_bytes, cast, in_chunks, look_up
@@ -81,7 +82,7 @@ def widen_fp8(
         Numbers (n,) of ``dtype``.
     """
     codes = as_bytes(data)
-    if data.device.type in BY_TABLE:
+    if type_of(data.device) in BY_TABLE:
         return look_up(codes, fp8_table(kind, data.device), dtype, scales, run)
     numbers = codes.view(kind).reshape(-1)
     if scales is None and dtype in EXACT:

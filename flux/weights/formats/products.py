@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...ops.devices import capability
 from .base import DATA, Parts
-from .floats import E4M3, E4M3_MAX
+from .floats import E4M3, E4M3_MAX, magnitude
 from .roles import BLOCK_EXPONENT, BLOCK_SCALE, PRE_QUANT_SCALE, SCALE, TENSOR_SCALE
 
 __all__ = ["fp8_product", "fp8_units", "has_units", "kitchen", "mxfp8_product", "nvfp4_product"]
@@ -111,7 +111,7 @@ def nvfp4_product(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None
         return None
     if x.shape[1] != 2 * data.shape[1] or x.shape[1] % MULTIPLE:
         return None
-    own = (x.abs().amax().float() / NVFP4_RANGE).clamp_min(SMALLEST_SCALE)
+    own = (magnitude(x).float() / NVFP4_RANGE).clamp_min(SMALLEST_SCALE)
     tokens = len(x)
     narrow, blocks = kernels.quantize_nvfp4(x, own, pad_16x=tokens % MULTIPLE != 0)
     out: Tensor = kernels.scaled_mm_nvfp4(

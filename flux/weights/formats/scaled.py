@@ -56,14 +56,32 @@ def _decode_fp8(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, *, kin
 
 
 def _decode_int8(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    data, scales, run = parts[DATA], _scales(parts), _row_length(shape, parts[DATA])
+    data = parts[DATA]
     if data.device.type != "cpu":
-        codes, out = data.reshape(-1), torch.empty(data.numel(), dtype=dtype, device=data.device)
-        return in_chunks(lambda start, stop: codes[start:stop].float(), out, scales, run).view(shape)
-    return cast(scale_runs(cast(data, torch.float32).view(-1), scales, run), dtype).view(shape)
+        return _on_device(parts, shape, dtype)
+    numbers = scale_runs(cast(data, torch.float32).view(-1), _scales(parts), _row_length(shape, data))
+    return cast(numbers, dtype).view(shape)
+
+
+def _on_device(
+    parts: Parts,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    then: Callable[[Tensor], Tensor] = lambda numbers: numbers,
+) -> Tensor:
+    """Whole numbers times their scales, chunk by chunk; see ``in_chunks``."""
+    codes = parts[DATA].reshape(-1)
+    out = torch.empty(codes.numel(), dtype=dtype, device=codes.device)
+
+    def numbers(start: int, stop: int) -> Tensor:
+        return codes[start:stop].float()
+
+    return in_chunks(numbers, out, _scales(parts), _row_length(shape, codes), then).view(shape)
 
 
 def _decode_rotated(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, *, group: int) -> Tensor:
+    if parts[DATA].device.type != "cpu":
+        return _on_device(parts, shape, dtype, partial(_rotate, group=group))
     return _rotate(_decode_int8(parts, shape, torch.float32), group).to(dtype)
 
 
@@ -74,7 +92,7 @@ def _rotate(numbers: Tensor, group: int) -> Tensor:
     shape, inner = numbers.shape, 1
     while inner < group:
         digits = numbers.view(-1, ROTATION_BASE, inner)
-        numbers = (digits.sum(1, keepdim=True) - 2 * digits.flip(1)).mul_(0.5)
+        numbers = digits.flip(1).mul_(-2).add_(digits.sum(1, keepdim=True)).mul_(0.5)
         inner *= ROTATION_BASE
     return numbers.view(shape)
 

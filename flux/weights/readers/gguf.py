@@ -156,6 +156,14 @@ class GgufFile(Mapping[str, TensorEntry], MappedTensors):
         flat = self._flat(name, dtype or torch.uint8)
         return flat.view(entry.shape) if dtype else flat.view(-1, BLOCKS[entry.dtype].bytes)
 
+    def outline(self, name: str) -> Tensor:
+        """What ``stored`` gives, on the meta device: by the header alone."""
+        entry = self[name]
+        dtype = PLAIN_DTYPES.get(entry.dtype)
+        size = entry.end - entry.start
+        shape = entry.shape if dtype else (size // BLOCKS[entry.dtype].bytes, BLOCKS[entry.dtype].bytes)
+        return torch.empty(shape, dtype=dtype or torch.uint8, device="meta")
+
     def read(self, name: str) -> Tensor:
         """A copy of one tensor on the CPU as it is stored; see ``stored``."""
         entry = self[name]

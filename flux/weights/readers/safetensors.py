@@ -45,6 +45,10 @@ class SafetensorsFile(SafetensorsHeader, MappedTensors):
         """
         return self._flat(name, self._dtype(name)).view(self[name].shape)
 
+    def outline(self, name: str) -> Tensor:
+        """What ``stored`` gives, on the meta device: by the header alone."""
+        return torch.empty(self[name].shape, dtype=self._dtype(name), device="meta")
+
     def read(self, name: str) -> Tensor:
         """A copy of one tensor on the CPU, in its stored format; see ``stored``."""
         entry, dtype = self[name], self._dtype(name)

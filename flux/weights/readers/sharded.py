@@ -78,6 +78,10 @@ class ShardedFile(Mapping[str, TensorEntry]):
         """See ``SafetensorsFile.stored``."""
         return self._home[name].stored(name)
 
+    def outline(self, name: str) -> Tensor:
+        """See ``SafetensorsFile.outline``."""
+        return self._home[name].outline(name)
+
     def read(self, name: str) -> Tensor:
         """See ``SafetensorsFile.read``."""
         return self._home[name].read(name)

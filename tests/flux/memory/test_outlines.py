@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from flux.weights.formats.base import DATA
 from flux.weights.formats.floats import BF16
 from flux.weights.formats.scaled import FP8_E4M3FN_SCALED, SCALE
 from flux.weights.packed import Packed, PackedPart
+from flux.weights.readers.file_bytes import FileBytes
 from flux.weights.readers.gguf import GgufFile
 from flux.weights.readers.safetensors import SafetensorsFile
 from flux.weights.renames import Piece, Plan, Recipe
@@ -140,7 +143,7 @@ def spoil(path):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "gguf:Q4_K", "nf4", "bf16"])
-def test_outlines_of_a_file_are_made_by_its_header(tmp_path, kind):
+def test_outlines_of_a_file_are_made_by_its_header(tmp_path, monkeypatch, kind):
     path = tmp_path / f"x{suffix_of(kind)}"
     write_stored(path, {"layer.weight": torch.zeros(ROWS, COLUMNS)}, kind)
     spoil(path)
@@ -149,6 +152,63 @@ def test_outlines_of_a_file_are_made_by_its_header(tmp_path, kind):
     if kind != "bf16":
         with pytest.raises(FileError):
             bound["layer.weight"].packed()
+    for way in ("_open", "_read", "tensor"):
+        monkeypatch.setattr(FileBytes, way, _not_to_be_called)
     found = Outlines.of_file(bound, ["layer.weight"], torch.device(CARD), torch.bfloat16)
     assert bool(found) == (kind != "bf16"), "numbers that stand as they are used are not among them"
-    assert peak_of(Alone(), 1, found) >= (0 if kind == "bf16" else TWO * ROWS * COLUMNS)
+    taken, plain = peak_of(Alone(), 1, found), peak_of(Alone(), 1)
+    assert taken >= TWO * ROWS * COLUMNS if found else taken == plain
+
+
+def _not_to_be_called(*_):
+    raise AssertionError("a file is read")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gguf:Q4_K", "gguf:F16", "nf4", "bf16"])
+def test_an_outline_is_what_is_stored(tmp_path, kind):
+    path = tmp_path / f"x{suffix_of(kind)}"
+    write_stored(path, {"layer.weight": torch.zeros(ROWS, COLUMNS)}, kind)
+    source = open_checkpoint(path)["layer.weight"]
+    stored, outline = source.stored(), source.outline(torch.device(CARD))
+    assert {role: (own.shape, own.dtype) for role, own in outline.items()} == {
+        role: (own.shape, own.dtype) for role, own in stored.items()
+    }
+    assert all(own.is_meta for own in outline.values())
+
+
+class Twice(nn.Module):
+    """Two layers, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.device("meta"):
+            self.one = Linear(COLUMNS, COLUMNS, bias=False, dtype=torch.bfloat16)
+            self.other = Linear(COLUMNS, COLUMNS, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.other(self.one(x))
+
+
+def test_of_weights_that_take_the_same_one_is_unpacked(card, monkeypatch):
+    """And the second one takes as much: it runs beside what the first one gave."""
+    card(TURING)
+    calls, decode = [], FP8_E4M3FN_SCALED.decode
+
+    def counted(*given):
+        calls.append(given)
+        return decode(*given)
+
+    row = replace(FP8_E4M3FN_SCALED, decode=counted)
+    data = torch.empty(COLUMNS, COLUMNS, dtype=torch.float8_e4m3fn, device="meta")
+    parts = {DATA: data, SCALE: torch.empty((), device="meta")}
+    weights = {
+        f"{name}.weight": Packed(
+            (COLUMNS, COLUMNS), Recipe((Piece(name),)), {name: PackedPart(row, (COLUMNS, COLUMNS), parts)}
+        )
+        for name in ("one", "other")
+    }
+    outlines = Outlines(CARD, weights)
+    first_out, numbers = TWO * 16 * COLUMNS, TWO * COLUMNS * COLUMNS
+    for _ in range(2):
+        assert peak_of(Twice(), 16, outlines) == first_out + numbers + FOUR * CHUNK
+    assert len(calls) == 1

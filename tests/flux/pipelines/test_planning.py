@@ -11,13 +11,14 @@ import torch
 
 from benchmarks.random_weights import draw, open_random
 from flux.errors import BudgetError, UserError
+from flux.memory.outlines import Outlines
 from flux.memory.plan import Rates
 from flux.memory.policy import GIB, Policy, read_policy
 from flux.mini.files import open_mini
 from flux.ops import devices
 from flux.pipelines import stage_work
 from flux.pipelines.modules import parameter_shapes
-from flux.pipelines.planning import Job, grant, plan_run, planned_of_part, planned_of_spec
+from flux.pipelines.planning import Job, grant, plan_run, planned_of_part, planned_of_spec, working_bytes
 from flux.specs.autoencoder import AUTOENCODERS
 from flux.specs.flux1 import FLUX1
 from flux.specs.text import CLIP_L, T5_XXL
@@ -228,13 +229,13 @@ def card(monkeypatch):
     def part(number, stored, dtype=BF16):
         monkeypatch.setattr(chunks, "DEVICE_CHUNK", CHUNK)
         monkeypatch.setattr(devices, "_capability", lambda device: number if device.startswith("cuda") else (0, 0))
-        stage_work.work.cache_clear()  # of plans for a card of another generation by the same name
+        stage_work._work.cache_clear()  # of plans for a card of another generation by the same name
         return planned_of_part(
             open_random(SMALL, draw(SMALL, torch.device("cpu"), stored), torch.device("cuda"), dtype)
         )
 
     yield part
-    stage_work.work.cache_clear()
+    stage_work._work.cache_clear()
 
 
 def workspace(part, side, policy="keep"):
@@ -261,3 +262,12 @@ def test_numbers_of_another_type_are_cast_where_they_are_streamed(card):
     assert workspace(in_fp16, 64) == 0, "those that stay were cast when they came"
     assert workspace(in_fp16, 64, "save") > 0
     assert workspace(planned_of_spec(SMALL, torch.float16), 64, "save") == workspace(in_fp16, 64, "save")
+
+
+def test_a_job_is_traced_once_whoever_asks():
+    stage_work._work.cache_clear()
+    job = Job(width=64, height=64)
+    working_bytes(SMALL, BF16, job)
+    working_bytes(SMALL, BF16, job, packed=Outlines("cuda", {}))
+    plan([planned_of_spec(SMALL, BF16)], "keep", job)
+    assert stage_work._work.cache_info().misses == 1

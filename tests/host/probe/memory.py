@@ -94,15 +94,17 @@ def on_a_card(model):
     home, management = sys.modules[type(own).__module__], comfy.model_management
     spec, dtype = model.model.spec, model.model.get_dtype_inference()
     here, outlines = own.working_for(spec, dtype, home.ANY, 0), own.outlines
-    with mock.patch.multiple(
-        management, get_torch_device=lambda: torch.device("cuda"), is_device_cpu=lambda device: False
-    ):
-        own.outlines = home.outlines_of(own._bindings, own.accounts, dtype)
+    with mock.patch.object(management, "is_device_cpu", return_value=False):
+        card = home.outlines_of(own._bindings, own.accounts, dtype, torch.device("cuda"))
+    runs = []
+    with mock.patch.object(type(model.model), "_packed_layers", return_value=()):  # of which the host is told besides
+        for own.outlines in (card, outlines):
+            model.model.memory_required((1, 16, 8, 8))
+            runs.append(own.working)
+    own.outlines = card
     there = own.working_for(spec, dtype, home.ANY, 0)
-    model.model.memory_required((1, 16, 8, 8))
-    report = {"outlined": [outlines is not None, bool(own.outlines)], "here": here, "there": there, "run": own.working}
     own.outlines = outlines
-    return report
+    return {"outlined": [outlines is not None, bool(card)], "here": here, "there": there, "runs": runs}
 
 
 @contextlib.contextmanager
